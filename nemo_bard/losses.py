@@ -1,0 +1,170 @@
+"""Losses of block diffusion, over any set of tokens (torch only).
+
+Every loss is a sum over supervised tokens of ``scale * weight * loss``: ``weight`` is the noise weight (``1 / t``, half
+on padding), ``scale`` the normalisation (``token_scale``), computed from totals of the whole optimizer step, so that
+gradients do not depend on how a global batch is split over ranks and accumulation steps.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REDUCTIONS: tuple[str, ...] = ("mean", "sum")
+KD_DIRECTIONS: tuple[str, ...] = ("forward", "reverse")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError unless ``reduction`` is one of ``REDUCTIONS``."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def token_scale(
+    reduction: str,
+    response_ids: Tensor,
+    *,
+    num_samples: int | Tensor,
+    num_loss_tokens: int | Tensor,
+) -> Tensor:
+    """Normalisation of each token.
+
+    ``mean``: the sample-level macro average; a token counts one over its response's number of tokens (padding
+    included), over ``num_samples``. ``sum``: one over ``num_loss_tokens``.
+
+    Args:
+        reduction: ``mean`` or ``sum``.
+        response_ids: Response of each token, ``[...]`` int64, distinct over the whole tensor, ``-1`` outside responses.
+        num_samples: Samples in the whole optimizer step, over all ranks and accumulation steps.
+        num_loss_tokens: Supervised tokens in the whole optimizer step.
+
+    Returns:
+        float32 with the shape of ``response_ids``; 0 outside responses.
+
+    Raises:
+        ValueError: If ``reduction`` is unknown.
+    """
+    check_reduction(reduction)
+    inside = response_ids >= 0
+    if reduction == "sum":
+        return inside.float() / max(int(num_loss_tokens), 1)
+    lengths = torch.bincount(response_ids[inside].flatten(), minlength=1)
+    per_token = lengths[response_ids.clamp_min(0)].clamp_min(1).float()
+    return inside.float() / per_token / max(int(num_samples), 1)
+
+
+class BlockDiffusionLoss(nn.Module):
+    """Base: a per-token loss, weighted and summed. Any AutoModel YAML can name a subclass as ``loss_fn``."""
+
+    needs_noisy_ids: ClassVar[bool] = False
+
+    def __init__(self, reduction: str = "mean") -> None:
+        """Create the loss.
+
+        Args:
+            reduction: ``mean`` (sample-level macro average) or ``sum`` (token sum over supervised tokens).
+
+        Raises:
+            ValueError: If ``reduction`` is unknown.
+        """
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction = reduction
+
+    def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """Return the unweighted loss of each token, ``[K]`` float32 (or float64), from ``logits`` ``[K, V]``."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        weight: Tensor,
+        noisy_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted sum over tokens.
+
+        Args:
+            logits: Logits at the supervised tokens, ``[K, V]``; computed in at least float32.
+            labels: Clean ids, ``[K]`` int64.
+            weight: ``token_scale * loss_weight``, ``[K]``.
+            noisy_ids: Ids the model saw, ``[K]`` int64; needed by ``MixturePathKL``.
+
+        Returns:
+            Scalar; a zero connected to ``logits`` when ``K`` is 0.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (self.per_token(logits, labels, noisy_ids) * weight.to(logits.dtype)).sum()
+
+
+class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
+    """Cross-entropy of the clean token, weighted ``1 / t`` (MDLM, arXiv 2406.07524; BARD, arXiv 2604.16514)."""
+
+    def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """``-log p(label)``, ``[K]``."""
+        del noisy_ids
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+class MixturePathKL(BlockDiffusionLoss):
+    """Generalised KL of the mixture path (discrete flow matching, arXiv 2407.15595 and 2412.03487), for uniform noise.
+
+    With ``x`` the noisy and ``c`` the clean token, on the conditional-OT path, per token and before the weight ``1/t``:
+    ``-(p(x) - [x == c] + [x != c] * log p(c))``.
+    """
+
+    needs_noisy_ids = True
+
+    def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """The generalised KL of each token without its weight, ``[K]``."""
+        if noisy_ids is None:
+            raise ValueError("MixturePathKL needs noisy_ids")
+        log_p = F.log_softmax(logits, -1)
+        log_clean = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        p_noisy = log_p.gather(-1, noisy_ids.unsqueeze(-1)).squeeze(-1).exp()
+        same = (noisy_ids == labels).to(log_p.dtype)
+        return -(p_noisy - same + (1 - same) * log_clean)
+
+
+def top_k_kd(
+    student_logits: Tensor,
+    anchor_top_logits: Tensor,
+    anchor_top_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: str = "forward",
+) -> Tensor:
+    """Distillation from an anchor's top-k logits, per token, without a ``T^2`` factor.
+
+    ``forward``: ``-sum softmax(anchor_topk / T) * log_softmax(student / T)[topk]`` (the anchor's entropy is not
+    subtracted). ``reverse``: KL(student || anchor), both renormalised over the anchor's top-k.
+
+    Args:
+        student_logits: ``[K, V]``.
+        anchor_top_logits: The anchor's largest logits, ``[K, k]``.
+        anchor_top_ids: Their ids, ``[K, k]`` int64.
+        temperature: ``T`` > 0.
+        direction: ``forward`` or ``reverse``.
+
+    Returns:
+        ``[K]``.
+
+    Raises:
+        ValueError: If ``temperature`` <= 0 or ``direction`` is unknown.
+    """
+    if temperature <= 0:
+        raise ValueError(f"kd_temperature must be > 0, got {temperature}")
+    if direction not in KD_DIRECTIONS:
+        raise ValueError(f"kd_direction must be one of {', '.join(KD_DIRECTIONS)}, got {direction!r}")
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    student, anchor = student_logits.to(dtype) / temperature, anchor_top_logits.to(dtype) / temperature
+    anchor_log_p = F.log_softmax(anchor, -1)
+    if direction == "forward":
+        student_log_p = student.gather(-1, anchor_top_ids) - student.logsumexp(-1, keepdim=True)
+        return -(anchor_log_p.exp() * student_log_p).sum(-1)
+    student_log_p = F.log_softmax(student.gather(-1, anchor_top_ids), -1)
+    return (student_log_p.exp() * (student_log_p - anchor_log_p)).sum(-1)

@@ -1,0 +1,113 @@
+"""``BardVLForConditionalGeneration``: Qwen3-VL with block-diffusion attention, outputs at chosen positions, and decoding.
+
+Architecture and weight names are Qwen3-VL's; only what differs is here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo_automodel.components.models.qwen3_vl.model import Qwen3VLForConditionalGeneration
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutputWithPast
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
+
+SOURCE_MODEL_TYPES = ("qwen3_vl", "bard_vl")
+
+
+class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
+    """Qwen3-VL trained and decoded as a block-diffusion model (BARD, arXiv 2604.16514).
+
+    ``from_pretrained`` loads a Qwen3-VL checkpoint, a released Bard-VL checkpoint (transformers 4.57) and what
+    nemo_bard's training exports. The attention pattern is the caller's: pass a 4-D bool ``attention_mask`` (see
+    ``nemo_bard.layout``) and ``position_ids``; ``generate`` does so itself.
+    """
+
+    config_class = BardVLConfig
+    config: BardVLConfig
+
+    def __init__(self, config: BardVLConfig) -> None:
+        """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
+        super().__init__(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,  # noqa: ANN401
+        output_positions: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple | Qwen3VLCausalLMOutputWithPast:
+        """Run Qwen3-VL; with ``output_positions`` the LM head runs only there.
+
+        Args:
+            input_ids: Token ids, ``[N, L]`` int64.
+            attention_mask: ``[N, 1, L, K]`` bool, True = may attend (rows without any True are allowed and give
+                meaningless output), or whatever Qwen3-VL accepts.
+            *args: Further positional arguments of Qwen3-VL's forward.
+            output_positions: Flat indices into ``[N * L]``, ``[K]`` int64.
+            **kwargs: Further arguments of Qwen3-VL's forward: ``position_ids`` ``[3, N, L]``, ``pixel_values``, ...
+
+        Returns:
+            Qwen3-VL's output; with ``output_positions`` its ``logits`` are ``[K, V]``.
+
+        Raises:
+            ValueError: If a bool mask meets ``attn_implementation="eager"``, which would add it as 0/1.
+        """
+        self._check_mask(attention_mask)
+        if output_positions is None:
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        outputs = self.model(input_ids, attention_mask, *args, **kwargs)
+        hidden = outputs[0].flatten(0, 1).index_select(0, output_positions)
+        return Qwen3VLCausalLMOutputWithPast(
+            logits=self.lm_head(hidden),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_mask(self, attention_mask: Tensor | None) -> None:
+        if (
+            isinstance(attention_mask, Tensor)
+            and attention_mask.ndim == 4
+            and attention_mask.dtype == torch.bool
+            and self.config.text_config._attn_implementation == "eager"
+        ):
+            raise ValueError(
+                'attn_implementation="eager" adds a bool attention_mask as 0/1 and gives wrong results; use "sdpa"'
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> BardVLForConditionalGeneration:  # noqa: ANN401,E501
+        """Load a Qwen3-VL, released Bard-VL or exported checkpoint; arguments as in transformers.
+
+        Raises:
+            ValueError: If the folder has no ``config.json`` or holds another architecture.
+        """
+        check_checkpoint_folder(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def check_checkpoint_folder(path: str | os.PathLike) -> None:
+    """Raise ValueError if ``path`` is a local folder that holds no Qwen3-VL or Bard-VL checkpoint; hub ids pass."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} has no config.json; a Qwen3-VL or Bard-VL checkpoint folder is needed")
+    model_type = json.loads(config_file.read_text()).get("model_type")
+    if model_type not in SOURCE_MODEL_TYPES:
+        raise ValueError(f"{config_file}: model_type is {model_type!r}, allowed are {', '.join(SOURCE_MODEL_TYPES)}")
+
+
+AutoConfig.register(BardVLConfig.model_type, BardVLConfig, exist_ok=True)
+AutoModelForImageTextToText.register(BardVLConfig, BardVLForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(BardVLConfig, Qwen3VLProcessor, exist_ok=True)

@@ -1,0 +1,213 @@
+"""Noise of block diffusion: levels per block, corruptions, and the generator that makes both reproducible (torch only).
+
+``t`` is the noise level, 0 clean and 1 fully corrupted, for every noise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+MIN_CLASS_WEIGHT = 1e-3
+
+
+class NoiseOutput(NamedTuple):
+    """A corrupted response; every field is ``[R]`` like the clean ids."""
+
+    noisy_ids: Tensor
+    """int64 ids after corruption."""
+    noise_mask: Tensor
+    """True where a token was corrupted (for random replacements: drawn anew, even if the same id came out)."""
+    loss_mask: Tensor
+    """True where the loss counts."""
+
+
+def sample_generator(seed: int, epoch: int, sample_index: int, *, stream: int = 0) -> torch.Generator:
+    """Return the CPU generator of one sample's noise: a pure function of its arguments.
+
+    World size, micro-batching, workers and resuming therefore cannot change the noise.
+
+    Args:
+        seed: Seed of the run, any integer.
+        epoch: Epoch, >= 0.
+        sample_index: Index of the sample in the data set, >= 0.
+        stream: Which of several independent draws of the sample.
+    """
+    mask64, state = (1 << 64) - 1, 0x9E3779B97F4A7C15
+    for part in (seed, epoch, sample_index, stream):
+        state = (state ^ (int(part) & mask64)) & mask64
+        state = (state + 0x9E3779B97F4A7C15) & mask64  # splitmix64, Steele et al. 2014
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """How the noise level ``t`` of each block is drawn."""
+
+    low: float = 1e-3
+    """Smallest ``t``, > 0 because the loss weight is ``1 / t``."""
+    high: float = 1.0
+    """Largest ``t``."""
+    per: str = "block"
+    """``block``: stratified over the blocks of a response; ``sample``: one level for the whole sample."""
+
+    PER: ClassVar[tuple[str, ...]] = ("block", "sample")
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low <= self.high <= 1.0:
+            raise ValueError(f"noise levels need 0 < low <= high <= 1, got low={self.low}, high={self.high}")
+        if self.per not in self.PER:
+            raise ValueError(f"noise level 'per' must be one of {', '.join(self.PER)}, got {self.per!r}")
+
+    def sample(self, num_blocks: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one level per block.
+
+        ``block``: ``[low, high]`` is cut into ``num_blocks`` equal strata, one uniform draw from each, in random order
+        (stratified sampling; the reference stratifies [0, 1] and clamps inside a stratum, so that its bounds bind
+        nothing).
+
+        Args:
+            num_blocks: Number of blocks, >= 1.
+            generator: Source of randomness; the global one if None.
+
+        Returns:
+            ``[num_blocks]`` float32 in [low, high].
+        """
+        if self.per == "sample":
+            u = torch.rand(1, generator=generator).expand(num_blocks)
+        else:
+            strata = torch.randperm(num_blocks, generator=generator)
+            u = (torch.rand(num_blocks, generator=generator) + strata) / num_blocks
+        return (self.low + (self.high - self.low) * u).clamp(self.low, self.high)
+
+
+def mixed_probabilities(t: Tensor) -> Tensor:
+    """Probabilities of (mask, random id, keep) of the mixed noise scheduler (BARD, arXiv 2604.16514).
+
+    With ``phi = pi / 2 * t`` they are proportional to ``1 - cos(phi)``, ``sin(phi) + cos(phi) - 1``, ``1 - sin(phi)``,
+    each at least 0.001.
+
+    Args:
+        t: Noise levels of any shape in [0, 1].
+
+    Returns:
+        float32 ``[..., 3]``, summing to 1.
+    """
+    phi = t.float() * (math.pi / 2)
+    weights = torch.stack([1 - phi.cos(), phi.sin() + phi.cos() - 1, 1 - phi.sin()], -1).clamp_min(MIN_CLASS_WEIGHT)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _check(clean_ids: Tensor, t: Tensor, upper: int, name: str) -> None:
+    if t.shape != clean_ids.shape:
+        raise ValueError(f"t must have the shape of clean_ids {tuple(clean_ids.shape)}, got {tuple(t.shape)}")
+    if t.numel() and not bool(((t > 0) & (t <= 1)).all()):
+        raise ValueError(f"t must be in (0, 1], got values from {t.min().item():g} to {t.max().item():g}")
+    if upper < 1:
+        raise ValueError(f"{name} must be >= 1, got {upper}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskNoise:
+    """Absorbing noise: a token becomes ``[MASK]`` with probability ``t`` (MDLM, arXiv 2406.07524)."""
+
+    def corrupt(
+        self,
+        clean_ids: Tensor,
+        t: Tensor,
+        *,
+        mask_token_id: int,
+        num_random_ids: int,
+        generator: torch.Generator | None = None,
+    ) -> NoiseOutput:
+        """Corrupt one response. Supervised: masked tokens.
+
+        Args:
+            clean_ids: Response tokens (padding included), ``[R]`` int64; not modified.
+            t: Noise level of each token, ``[R]`` in (0, 1], constant within a block.
+            mask_token_id: Id of ``[MASK]``.
+            num_random_ids: Random replacements are drawn from ``[0, num_random_ids)``; unused here.
+            generator: Source of randomness on CPU; the global one if None.
+
+        Raises:
+            ValueError: If ``t`` leaves (0, 1] or has another shape.
+        """
+        _check(clean_ids, t, num_random_ids, "num_random_ids")
+        masked = torch.rand(clean_ids.shape, generator=generator) < t
+        return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformNoise:
+    """Uniform noise: with probability ``t`` (at most 0.999) a token becomes a uniformly random vocabulary id."""
+
+    max_t: float = 0.999
+
+    def corrupt(
+        self,
+        clean_ids: Tensor,
+        t: Tensor,
+        *,
+        mask_token_id: int,
+        num_random_ids: int,
+        generator: torch.Generator | None = None,
+    ) -> NoiseOutput:
+        """Corrupt one response; see ``MaskNoise.corrupt``. Supervised: every token of the response."""
+        del mask_token_id
+        _check(clean_ids, t, num_random_ids, "num_random_ids")
+        drawn = torch.rand(clean_ids.shape, generator=generator) < t.clamp_max(self.max_t)
+        random_ids = torch.randint(num_random_ids, clean_ids.shape, generator=generator)
+        return NoiseOutput(torch.where(drawn, random_ids, clean_ids), drawn, torch.ones_like(drawn))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedNoise:
+    """The paper's mixed noise scheduler: mask, replace by a random id, or keep (``mixed_probabilities``)."""
+
+    def corrupt(
+        self,
+        clean_ids: Tensor,
+        t: Tensor,
+        *,
+        mask_token_id: int,
+        num_random_ids: int,
+        generator: torch.Generator | None = None,
+    ) -> NoiseOutput:
+        """Corrupt one response; see ``MaskNoise.corrupt``. Supervised: tokens that differ from the clean ones."""
+        _check(clean_ids, t, num_random_ids, "num_random_ids")
+        probabilities = mixed_probabilities(t)
+        u = torch.rand(clean_ids.shape, generator=generator)
+        random_ids = torch.randint(num_random_ids, clean_ids.shape, generator=generator)
+        masked = u < probabilities[..., 0]
+        replaced = ~masked & (u < probabilities[..., 0] + probabilities[..., 1])
+        noisy = torch.where(replaced, random_ids, clean_ids.masked_fill(masked, mask_token_id))
+        return NoiseOutput(noisy, masked | replaced, noisy != clean_ids)
+
+
+Noise = MaskNoise | UniformNoise | MixedNoise
+NOISES: dict[str, type[MaskNoise] | type[UniformNoise] | type[MixedNoise]] = {
+    "mask": MaskNoise,
+    "uniform": UniformNoise,
+    "mixed": MixedNoise,
+}
+
+
+def make_noise(name: str) -> Noise:
+    """Return the noise called ``name``.
+
+    Raises:
+        ValueError: If there is none; names the nearest one and all known ones.
+    """
+    if name not in NOISES:
+        near = difflib.get_close_matches(str(name), NOISES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown noise {name!r}.{hint} Known: {', '.join(NOISES)}")
+    return NOISES[name]()
