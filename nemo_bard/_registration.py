@@ -71,7 +71,9 @@ def install() -> None:
     """Register now where transformers' tables are loaded, else when they will be; calling it again changes nothing."""
     missing = False
     for name, hook in _HOOKS.items():
-        if (tables := sys.modules.get(name)) is not None and hasattr(tables, "_LazyAutoMapping" if "modeling" in name else "CONFIG_MAPPING"):
+        if (tables := sys.modules.get(name)) is not None and hasattr(
+            tables, "_LazyAutoMapping" if "modeling" in name else "CONFIG_MAPPING"
+        ):
             hook(tables)
         else:
             missing = True

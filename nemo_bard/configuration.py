@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+import logging
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import (
@@ -13,6 +14,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
 )
 
 from nemo_bard.layout import check_block_size, check_context_attention
+
+logger = logging.getLogger(__name__)
 
 QWEN3_VL_VOCAB_SIZE = 151936
 QWEN3_VL_MASK_TOKEN_ID = 151671
@@ -34,8 +37,8 @@ class BardVLConfig(Qwen3VLConfig):
     model_type = "bard_vl"
     sub_configs = {"vision_config": Qwen3VLVisionConfig, "text_config": Qwen3VLTextConfig}
 
-    block_size: int = 4
-    """Tokens denoised together, ``B``."""
+    block_size: int | None = None
+    """Tokens denoised together, ``B``; None where a checkpoint does not say."""
     mask_token_id: int | None = None
     """Id of ``[MASK]``: a row of the embedding that no text uses."""
     context_attention: str = "block"
@@ -51,7 +54,8 @@ class BardVLConfig(Qwen3VLConfig):
             if isinstance(sub, dict) and str(sub.get("model_type", "")).startswith("bard_vl"):
                 setattr(self, name, {**sub, "model_type": own})  # released checkpoints name their own sub-types
         super().__post_init__(**kwargs)
-        check_block_size(self.block_size)
+        if self.block_size is not None:
+            check_block_size(self.block_size)
         check_context_attention(self.context_attention)
         vocab_size = self.text_config.vocab_size
         if vocab_size == QWEN3_VL_VOCAB_SIZE:
@@ -79,9 +83,7 @@ def as_id_list(value: int | list[int] | None) -> list[int]:
 def check_mask_token_id(mask_token_id: int | None, vocab_size: int) -> None:
     """Raise ValueError unless ``mask_token_id`` is None or a row of the embedding."""
     if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
-        raise ValueError(
-            f"mask_token_id must be a row of the embedding, 0 to {vocab_size - 1}, got {mask_token_id}"
-        )
+        raise ValueError(f"mask_token_id must be a row of the embedding, 0 to {vocab_size - 1}, got {mask_token_id}")
 
 
 def unknown_key_error(kind: str, name: str, known: list[str]) -> ValueError:
@@ -91,8 +93,178 @@ def unknown_key_error(kind: str, name: str, known: list[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 
-class BardGenerationConfig(GenerationConfig):
-    """How ``BardVLForConditionalGeneration.generate`` decodes; saved as ``generation_config.json``.
+CLASS_MARKER = "generation_config_class"
+REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound")
+DECODE_PATHS = ("fast", "plain")
+CACHE_IMPLEMENTATIONS = ("in_place", "static")
 
-    Placeholder docstring, completed in ``decode``.
+
+class BardGenerationConfig(GenerationConfig):
+    """How ``BardVLForConditionalGeneration.generate`` decodes; saved with the model as ``generation_config.json``.
+
+    Args:
+        max_new_tokens: Most response tokens returned, >= 1; exact, not rounded up to whole blocks.
+        block_size: Tokens denoised together; None takes the model config's.
+        denoising_steps: Most denoising forwards per block, >= 1; None or more than the block size means the block size.
+        remasking_strategy: How a step picks the tokens to fix: ``low_confidence_static`` (the most confident ones, the
+            block split evenly over the steps), ``low_confidence_dynamic`` (all above ``confidence_threshold``, at least
+            the static number), ``entropy_bound`` (as many as keep their joint entropy under ``entropy_bound``).
+        confidence_threshold: In (0, 1]; the test is strict (``>``).
+        entropy_bound: Bound in nats on the joint mutual information of tokens fixed together, >= 0 (arXiv 2505.24857).
+        edit_threshold: In (0, 1]; a visible token of the current block is replaced when the model prefers another one
+            with a probability above it. None turns revision off.
+        max_post_edit_steps: Further revision steps allowed after the last mask of a block is gone, >= 0; they end when
+            nothing changes. Needs ``edit_threshold``.
+        temperature: 0 is argmax; otherwise tokens are drawn from the softmax of logits / temperature.
+        top_k: Keep the ``top_k`` most likely tokens before drawing; 0 keeps all.
+        top_p: Keep the smallest set of tokens with at least this total probability, in (0, 1].
+        suppress_mask_token: Never emit the mask id.
+        mask_token_id: Id of ``[MASK]``; None takes the model config's.
+        eos_token_id: Id that ends a response, or a list; None takes the model config's.
+        pad_token_id: Id after the end; None takes the first EOS id.
+        decode_path: ``fast``, or ``plain``: the oracle, with separate commit forwards and logits everywhere.
+        cache_implementation: ``in_place`` (exact shapes), ``static`` (fixed shapes, compiled on CUDA); None picks
+            ``static`` on CUDA and ``in_place`` elsewhere.
+        return_dict_in_generate: Return a ``BardGenerateOutput`` instead of ids.
+        return_step_stats: Return ``(ids, stats)``.
+        output_history: Keep ids and confidence of every step in the output.
+
+    Raises:
+        ValueError: For an unknown key or a value that is not allowed; names it and what is.
     """
+
+    _DEFAULTS: ClassVar[dict[str, Any]] = {
+        "max_new_tokens": 1024,
+        "block_size": None,
+        "denoising_steps": None,
+        "remasking_strategy": "low_confidence_dynamic",
+        "confidence_threshold": 0.5,
+        "entropy_bound": 0.1,
+        "edit_threshold": None,
+        "max_post_edit_steps": 0,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "suppress_mask_token": True,
+        "mask_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "decode_path": "fast",
+        "cache_implementation": None,
+        "return_dict_in_generate": False,
+        "return_step_stats": False,
+        "output_history": False,
+    }
+    _METADATA: ClassVar[tuple[str, ...]] = ("transformers_version", "_from_model_config", "_commit_hash", CLASS_MARKER)
+    _TOKEN_IDS: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        # transformers' __init__ sets some sixty autoregressive attributes that mean nothing here; it is left out on
+        # purpose, as transformers' own block-diffusion configuration does.
+        for name, default in self._DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        for name in self._METADATA[:3]:
+            setattr(self, name, kwargs.pop(name, None))
+        kwargs.pop(CLASS_MARKER, None)
+        for name in kwargs:
+            raise unknown_key_error("generation setting", name, list(self._DEFAULTS))
+        self.validate()
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """Names of all settings."""
+        return list(cls._DEFAULTS)
+
+    def validate(self, strict: bool = False, **_: Any) -> None:  # noqa: ANN401
+        """Raise ValueError for a value that is not allowed."""
+        del strict
+
+        def integer(name: str, low: int, *, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+        def fraction(name: str, *, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+
+        def choice(name: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if value not in allowed:
+                near = difflib.get_close_matches(str(value), allowed, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+        integer("max_new_tokens", 1)
+        integer("block_size", 1, optional=True)
+        integer("denoising_steps", 1, optional=True)
+        integer("max_post_edit_steps", 0)
+        integer("top_k", 0)
+        fraction("confidence_threshold")
+        fraction("edit_threshold", optional=True)
+        fraction("top_p")
+        choice("remasking_strategy", REMASKING_STRATEGIES)
+        choice("decode_path", DECODE_PATHS)
+        choice("cache_implementation", CACHE_IMPLEMENTATIONS, optional=True)
+        for name in ("temperature", "entropy_bound"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        for name in self._TOKEN_IDS:
+            value = getattr(self, name)
+            ids = value if isinstance(value, (list, tuple)) and name == "eos_token_id" else [value]
+            if any(v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 0) for v in ids):
+                raise ValueError(f"{name} must be a token id >= 0, got {value!r}")
+        if self.max_post_edit_steps and self.edit_threshold is None:
+            raise ValueError(f"max_post_edit_steps={self.max_post_edit_steps} needs edit_threshold in (0, 1]")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, with a marker that says whose they are."""
+        return {**super().to_dict(), CLASS_MARKER: type(self).__name__}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Settings that differ from the defaults, and metadata."""
+        mine = self.to_dict()
+        return {
+            name: value
+            for name, value in mine.items()
+            if name in ("transformers_version", CLASS_MARKER)
+            or (name in self._DEFAULTS and value != self._DEFAULTS[name])
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> BardGenerationConfig:  # noqa: ANN401
+        """Build from a dictionary, as read from ``generation_config.json``.
+
+        A file that this class did not write (Qwen3-VL's, or a released Bard-VL's) holds autoregressive settings; of
+        those only the token ids are taken, and what is left out is logged.
+        """
+        values = dict(config_dict)
+        if values.get(CLASS_MARKER) is None:
+            foreign = [k for k in values if k not in cls._TOKEN_IDS and k not in cls._METADATA]
+            if foreign:
+                logger.info("generation_config.json was not written by nemo_bard; not used: %s", ", ".join(foreign))
+            values = {k: v for k, v in values.items() if k not in foreign}
+        unused = kwargs.pop("return_unused_kwargs", False)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("_from_auto", "_from_pipeline")}
+        config = cls(**{**values, **kwargs})
+        return (config, {}) if unused else config
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> BardGenerationConfig:  # noqa: ANN401
+        """Defaults; what a call needs from the model's configuration is read there."""
+        del model_config
+        return cls()
+
+    def updated(self, **overrides: Any) -> BardGenerationConfig:  # noqa: ANN401
+        """Return a copy with ``overrides``; an unknown name raises ValueError."""
+        values = {name: getattr(self, name) for name in self._DEFAULTS}
+        return type(self)(**{**values, **overrides})

@@ -104,7 +104,9 @@ def check_responses(length: int, responses: Sequence[tuple[int, int]]) -> None:
     cursor = 0
     for start, end in responses:
         if not cursor <= start < end <= length:
-            raise ValueError(f"response spans must be ordered, disjoint and inside {length} tokens, got {list(responses)}")
+            raise ValueError(
+                f"response spans must be ordered, disjoint and inside {length} tokens, got {list(responses)}"
+            )
         cursor = end
 
 

@@ -6,6 +6,7 @@ Architecture and weight names are Qwen3-VL's; only what differs is here.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.qwen3_vl.model import Qwen3VLForConditionalGeneration
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutputWithPast
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+from nemo_bard import generation
 from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
+
+logger = logging.getLogger(__name__)
 
 SOURCE_MODEL_TYPES = ("qwen3_vl", "bard_vl")
 
@@ -31,7 +35,9 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     """
 
     config_class = BardVLConfig
+    generation_config_class = BardGenerationConfig
     config: BardVLConfig
+    generation_config: BardGenerationConfig
 
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
@@ -84,8 +90,92 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 'attn_implementation="eager" adds a bool attention_mask as 0/1 and gives wrong results; use "sdpa"'
             )
 
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Any = None,  # noqa: ANN401
+        generation_config: BardGenerationConfig | None = None,
+        logits_processor: Any = None,  # noqa: ANN401
+        stopping_criteria: Any = None,  # noqa: ANN401
+        streamer: Any = None,  # noqa: ANN401
+        *,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Decode responses block by block (BARD, arXiv 2604.16514, section on inference).
+
+        Both calls work: the model card's ``generate(batch, max_new_tokens=..., block_size=..., ...)`` with ``batch`` as
+        the processor returned it, and transformers' ``generate(**batch, generation_config=...)``. Rows may differ in
+        length and number of images; every row gets what it would get alone (exactly so at temperature 0).
+
+        Args:
+            inputs: What the processor returned, or ``input_ids`` ``[N, P]`` padded on either side with
+                ``attention_mask``.
+            generation_config: Settings; the model's ``generation_config`` if None.
+            logits_processor: Called as in transformers with ``(input_ids [K, ...], logits [K, V])`` of the positions
+                that are being denoised.
+            stopping_criteria: Called as in transformers after each block.
+            streamer: ``put`` gets the prompt, then each finished block; ``put_draft``, if there is one, each step.
+            generator: Source of randomness for temperature > 0, on the model's device.
+            **kwargs: Prompt tensors, and settings of ``BardGenerationConfig`` that override ``generation_config``.
+
+        Returns:
+            Response ids only, ``[N, longest]`` int64 (at most ``max_new_tokens``), the pad id after each row's end; with
+            ``return_step_stats=True`` also statistics; with ``return_dict_in_generate=True`` a ``BardGenerateOutput``.
+
+        Raises:
+            ValueError: For an unknown name or a value that is not allowed, before any forward.
+        """
+        return generation.generate(
+            self,
+            inputs,
+            generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            generator=generator,
+            **kwargs,
+        )
+
+    def adjust_generation_fn(
+        self,
+        generation_config: BardGenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: bool | None,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Read ``generation_config.json`` as a ``BardGenerationConfig`` (transformers' hook of ``from_pretrained``)."""
+        del from_auto_class, from_pipeline, args
+        if generation_config is not None:
+            self.generation_config = BardGenerationConfig.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            kwargs.pop("trust_remote_code", None)
+            try:
+                self.generation_config = BardGenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            except OSError:
+                logger.info("%s has no generation_config.json; using the defaults", pretrained_model_name_or_path)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Tie as transformers does, which also knows that a tied weight is not missing from a checkpoint."""
+        PreTrainedModel.tie_weights(self, *args, **kwargs)
+        super().tie_weights()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save as transformers does; with ``checkpointer=`` (AutoModel's training), as AutoModel does."""
+        if args or kwargs.get("checkpointer") is not None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            kwargs.pop("checkpointer", None)
+            PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> BardVLForConditionalGeneration:  # noqa: ANN401,E501
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> BardVLForConditionalGeneration:
         """Load a Qwen3-VL, released Bard-VL or exported checkpoint; arguments as in transformers.
 
         Raises:
