@@ -49,6 +49,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         attention_mask: Tensor | None = None,
         *args: Any,  # noqa: ANN401
         output_positions: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple | Qwen3VLCausalLMOutputWithPast:
         """Run Qwen3-VL; with ``output_positions`` the LM head runs only there.
@@ -59,6 +60,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 meaningless output), or whatever Qwen3-VL accepts.
             *args: Further positional arguments of Qwen3-VL's forward.
             output_positions: Flat indices into ``[N * L]``, ``[K]`` int64.
+            logits_to_keep: As in Qwen3-VL; not used with ``output_positions``. Named here because AutoModel's recipes
+                replace the loss of a model whose signature lacks it.
             **kwargs: Further arguments of Qwen3-VL's forward: ``position_ids`` ``[3, N, L]``, ``pixel_values``, ...
 
         Returns:
@@ -69,7 +72,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """
         self._check_mask(attention_mask)
         if output_positions is None:
-            return super().forward(input_ids, attention_mask, *args, **kwargs)
+            return super().forward(input_ids, attention_mask, *args, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(input_ids, attention_mask, *args, **kwargs)
         hidden = outputs[0].flatten(0, 1).index_select(0, output_positions)
         return Qwen3VLCausalLMOutputWithPast(
