@@ -1,0 +1,113 @@
+"""Noise of a training batch: a pure function of (seed, epoch, sample index)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_bard.collate import IGNORE_INDEX
+from nemo_bard.layout import NOISY
+from nemo_bard.noise import make_noise, sample_generator
+from nemo_bard.train.recipe_config import NoiseSettings
+
+PADDING_WEIGHT = 0.5
+"""Loss weight of response padding relative to text: BARD doubles ``t`` there, and the weight is ``1 / t``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseContext:
+    """What the noise of a batch depends on besides its settings and samples."""
+
+    block_size: int
+    mask_token_id: int
+    num_random_ids: int
+    seed: int
+    epoch: int
+    stream: int = 0
+    """Which of several independent draws of a sample."""
+
+
+def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: NoiseContext) -> dict[str, Any]:
+    """Draw the noise of a collated batch.
+
+    Every response has its own draw, in order, from the generator of its sample; with ``per: sample`` the level is drawn
+    once, before them.
+
+    Args:
+        batch: What the collator returned, on CPU; not modified.
+        settings: Kind and levels of the noise.
+        context: Token ids, block size, seed and epoch.
+
+    Returns:
+        The batch with corrupted ``input_ids`` and, in addition, ``loss_mask`` ``[N, L]`` bool and ``loss_weight``
+        ``[N, L]`` float32: ``1 / t``, half on padding, 0 outside noisy tokens. ``labels`` are ``-100`` where the loss
+        does not count.
+    """
+    noise, levels = make_noise(settings.name), settings.levels()
+    input_ids = batch["input_ids"].clone()
+    loss_mask = torch.zeros_like(batch["padding_mask"])
+    t = torch.ones(input_ids.shape)
+    for row, sample_id, sample_index in batch["noise_keys"]:
+        generator = sample_generator(context.seed, context.epoch, sample_index, stream=context.stream)
+        inside = (batch["sample_ids"][row] == sample_id) & (batch["branch_ids"][row] == NOISY)
+        responses = batch["response_ids"][row]
+        shared = levels.sample(1, generator=generator) if settings.per == "sample" else None
+        for response in responses[inside].unique().tolist():
+            places = (inside & (responses == response)).nonzero().flatten()
+            blocks = len(places) // context.block_size
+            assert blocks * context.block_size == len(places), "a noisy copy is whole blocks"
+            drawn = shared.expand(blocks) if shared is not None else levels.sample(blocks, generator=generator)
+            t[row, places] = drawn.repeat_interleave(context.block_size)
+            result = noise.corrupt(
+                input_ids[row, places],
+                t[row, places],
+                mask_token_id=context.mask_token_id,
+                num_random_ids=context.num_random_ids,
+                generator=generator,
+            )
+            input_ids[row, places] = result.noisy_ids
+            loss_mask[row, places] = result.loss_mask
+    return {
+        **batch,
+        "input_ids": input_ids,
+        "labels": batch["labels"].masked_fill(~loss_mask, IGNORE_INDEX),
+        "loss_mask": loss_mask,
+        "loss_weight": loss_weight(t, batch),
+    }
+
+
+def loss_weight(t: Tensor, batch: dict[str, Any]) -> Tensor:
+    """``1 / t`` at noisy tokens, half on padding, 0 elsewhere; ``[N, L]`` float32 from ``t`` of that shape."""
+    weight = torch.where(batch["padding_mask"], PADDING_WEIGHT, 1.0) / t
+    return weight * (batch["response_ids"] >= 0)
+
+
+def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]:
+    """Take samples out of the loss but leave their tokens in place.
+
+    Args:
+        batch: What the collator returned; not modified.
+        repeated: Slots (places of samples in the microbatch, as in ``batch["slots"]``) that must not count.
+
+    Returns:
+        The batch, in which those samples are supervised nowhere and not among ``num_samples``.
+    """
+    out = [number for number, slot in enumerate(batch["slots"]) if slot in repeated]
+    if not out:
+        return batch
+    gone = torch.zeros_like(batch["padding_mask"])
+    for number in out:
+        row, sample_id, _ = batch["noise_keys"][number]
+        gone[row] |= batch["sample_ids"][row] == sample_id
+    keep = [number for number in range(len(batch["slots"])) if number not in out]
+    return {
+        **batch,
+        "labels": batch["labels"].masked_fill(gone, IGNORE_INDEX),
+        "response_ids": batch["response_ids"].masked_fill(gone, -1),
+        "noise_keys": [batch["noise_keys"][number] for number in keep],
+        "slots": [batch["slots"][number] for number in keep],
+        "num_samples": len(keep),
+    }

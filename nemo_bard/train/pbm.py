@@ -1,0 +1,380 @@
+"""The PBM recipe: supervised block-diffusion fine-tuning at one block size (BARD, arXiv 2604.16514).
+
+A stage of progressive block merging is this recipe with its own ``model.block_size``, started from the stage before.
+What differs from AutoModel's VLM recipe: the collator gets the model's configuration, noise is drawn per optimizer
+step, and the loss runs at supervised positions and is normalised by totals of the whole step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from nemo_automodel.components.distributed.config import DistributedSetup
+from nemo_automodel.components.distributed.utils import get_sync_ctx
+from nemo_automodel.components.loggers.metric_logger import MetricsSample
+from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM, _move_to_device
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from nemo_bard.layout import PADDING, TokenIds, attention_mask
+from nemo_bard.losses import BlockDiffusionLoss, token_scale
+from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.train import cpu_compat
+from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
+from nemo_bard.train.recipe_config import NoiseSettings, check_batch_sizes, validate_recipe
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_MINUTES = 30
+VALIDATION_SEED = 0
+VALIDATION_STREAM = 1
+
+
+class StepTotals(NamedTuple):
+    """Counts over all microbatches, and after reduction over all ranks, of an optimizer step."""
+
+    num_samples: int
+    """Samples that count: not dropped, not repeated to fill up the last step of an epoch."""
+    num_loss_tokens: int
+    """Supervised tokens."""
+    num_tokens: int
+    """Tokens that belong to a sample, noisy copies included."""
+    num_dropped: int
+    """Samples dropped because they are too long."""
+
+
+def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
+    """Count what corrupted microbatches hold on this rank."""
+    rows = [
+        (b["num_samples"], int(b["loss_mask"].sum()), int((b["sample_ids"] != PADDING).sum()), b["num_dropped"])
+        for b in batches
+    ]
+    return StepTotals(*(sum(column) for column in zip(*rows, strict=True)))
+
+
+def weigh(batch: dict[str, Any], reduction: str, totals: StepTotals) -> dict[str, Any]:
+    """Add what the step needs at the ``K`` supervised tokens of a corrupted microbatch.
+
+    Args:
+        batch: A microbatch from ``corrupt_batch``; not modified.
+        reduction: ``mean`` or ``sum``, see ``losses.token_scale``.
+        totals: Totals of the whole optimizer step, over all ranks.
+
+    Returns:
+        The batch with ``output_positions`` ``[K]`` int64 (flat indices into ``[N * L]``) and ``output_weight`` ``[K]``.
+    """
+    scale = token_scale(
+        reduction,
+        batch["response_ids"],
+        num_samples=totals.num_samples,
+        num_loss_tokens=totals.num_loss_tokens,
+    )
+    positions = batch["loss_mask"].flatten().nonzero().flatten()
+    weight = (scale * batch["loss_weight"]).flatten()[positions]
+    return {**batch, "output_positions": positions, "output_weight": weight}
+
+
+def dense_mask(batch: Mapping[str, Any], context_attention: str) -> Tensor:
+    """Attention mask of a microbatch on the device of its ids, ``[N, 1, L, L]`` bool.
+
+    Tokens of no sample (row padding) see themselves, because some attention kernels give NaN for a row without keys;
+    nobody sees them.
+    """
+    order = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    ids = TokenIds(
+        batch["sample_ids"], batch["branch_ids"], batch["block_ids"], order.expand_as(batch["input_ids"])
+    )
+    allowed = attention_mask(ids, ids, context_attention=context_attention)
+    idle = torch.diag_embed(batch["sample_ids"] == PADDING)
+    return (allowed | idle).unsqueeze(1)
+
+
+class PBMRecipe(FinetuneRecipeForVLM):
+    """AutoModel's VLM recipe for block diffusion; see ``recipes/pbm.yaml`` for its settings."""
+
+    @classmethod
+    def validate_config(cls, raw: Mapping[str, Any]) -> None:
+        """Check a recipe before anything is built.
+
+        Args:
+            raw: The recipe as plain dictionaries.
+
+        Raises:
+            ValueError: One line that names the key, its value and what is allowed.
+        """
+        validate_recipe(raw)
+
+    def setup(self) -> None:
+        """Build everything, and give the collators the model's configuration.
+
+        Raises:
+            ValueError: If the recipe or the checkpoint is not as it must be.
+        """
+        self.validate_config(self.cfg.to_yaml_dict(use_orig_values=True))
+        cpu_compat.apply()
+        self.noise = NoiseSettings.from_dict(_section(self.cfg, "noise"))
+        validation = _section(self.cfg, "validation_noise")
+        self.validation_noise = NoiseSettings.from_dict(
+            {"name": self.noise.name, "num_random_ids": self.noise.num_random_ids} if validation is None else validation
+        )
+        self.seed = int(self.cfg.get("seed", 42))
+        self._fill_defaults()
+        super().setup()
+        self._check_built()
+        for loader in (self.dataloader, self.val_dataloader):
+            if loader is not None:
+                loader.collate_fn = loader.collate_fn(config=self._model_config)
+        self._num_random_ids = self._random_ids()
+        self.num_dropped = 0
+
+    def _fill_defaults(self) -> None:
+        """Write values that depend on the machine, or that must not be upstream's default, into the configuration."""
+        has_cuda = torch.cuda.is_available()
+        if (self.cfg.get("dist_env.backend", None) or "auto") == "auto":
+            self.cfg.set_by_dotted("dist_env.backend", "nccl" if has_cuda else "gloo")
+        if self.cfg.get("dist_env.timeout_minutes", None) is None:
+            self.cfg.set_by_dotted("dist_env.timeout_minutes", DEFAULT_TIMEOUT_MINUTES)
+        if self.cfg.get("model.attn_implementation", None) is None:
+            self.cfg.set_by_dotted("model.attn_implementation", "sdpa")
+        compute = self.cfg.get("compute_dtype", "auto")
+        if compute == "auto":
+            compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
+        self.compute_dtype = getattr(torch, compute)
+
+    def _create_distributed_setup(self) -> DistributedSetup:
+        """Check the batch sizes and set the compute dtype: FSDP's policy if there are shards, autocast on one rank."""
+        cpu_compat.normalise_device(self.dist_env)
+        check_batch_sizes(
+            self.cfg.get("step_scheduler.global_batch_size"),
+            self.cfg.get("step_scheduler.local_batch_size"),
+            self.dist_env.world_size,
+        )
+        setup = super()._create_distributed_setup()
+        if self.cfg.get("distributed.mp_policy", None) is None:
+            setup.strategy_config.mp_policy = MixedPrecisionPolicy(
+                param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        if self.dist_env.world_size == 1 and self.compute_dtype != torch.float32:
+            setup.strategy_config.autocast_dtype = self.compute_dtype
+        return setup
+
+    def _check_built(self) -> None:
+        model = self.model_parts[0]
+        if not isinstance(model, BardVLForConditionalGeneration):
+            raise ValueError(f"the checkpoint gave a {type(model).__name__}, not a BardVLForConditionalGeneration")
+        if not isinstance(self.loss_fn, BlockDiffusionLoss):
+            raise ValueError(f"loss_fn must be one of nemo_bard.losses, got {type(self.loss_fn).__name__}")
+        if self.processor is None:
+            raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
+        samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
+        if samples < batch and self.dist_env.is_main:
+            logger.warning(
+                "the data set has %d samples, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
+                " them; set a smaller global_batch_size for more steps per epoch",
+                samples,
+                batch,
+            )
+
+    @property
+    def _model_config(self) -> Any:  # noqa: ANN401
+        return self.model_parts[0].config
+
+    def _random_ids(self) -> int:
+        """How many ids random replacements are drawn from."""
+        vocabulary, mask = self._model_config.text_config.vocab_size, self._model_config.mask_token_id
+        tokenizer = self.processor.tokenizer
+        if mask in tokenizer.get_vocab().values() and mask not in tokenizer.all_special_ids:
+            raise ValueError(
+                f"mask_token_id {mask} is the text token {tokenizer.convert_ids_to_tokens(mask)!r}; choose a row of the"
+                " embedding that no text uses"
+            )
+        number = self.noise.num_random_ids or tokenizer.vocab_size
+        if not number <= vocabulary or mask < number:
+            raise ValueError(
+                f"noise.num_random_ids={number} must be at most {min(vocabulary, mask)}: the embedding has {vocabulary}"
+                f" rows and mask_token_id is {mask}"
+            )
+        return number
+
+    def run_train_validation_loop(self) -> None:
+        """Train; log lines pass above the progress bar."""
+        with logging_redirect_tqdm():
+            super().run_train_validation_loop()
+
+    # ------------------ one optimizer step ------------------
+    def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
+        """Draw the noise of all microbatches, normalise over the whole step, and let upstream do the rest."""
+        position = self.step_scheduler.step % self.step_scheduler.epoch_len * self.step_scheduler.grad_acc_steps
+        context = self._noise_context(self.seed, self.step_scheduler.epoch)
+        batches = [
+            corrupt_batch(self._without_repeats(batch, self.dataloader, position + i), self.noise, context)
+            for i, batch in enumerate(batches)
+        ]
+        totals = self._reduce(count(batches))
+        self._report_dropped(totals)
+        started = self.timestamp
+        log_data = super()._run_train_optim_step(
+            [weigh(batch, self.loss_fn.reduction, totals) for batch in batches], max_grad_norm
+        )
+        tps = totals.num_tokens / max(self.timestamp - started, 1e-9)
+        log_data.metrics.update(
+            num_samples=totals.num_samples,
+            num_loss_tokens=totals.num_loss_tokens,
+            num_dropped=totals.num_dropped,
+            num_tokens_per_step=totals.num_tokens,
+            tps=tps,
+            tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
+        )
+        return log_data
+
+    def _noise_context(self, seed: int, epoch: int, stream: int = 0) -> NoiseContext:
+        return NoiseContext(
+            block_size=self._model_config.block_size,
+            mask_token_id=self._model_config.mask_token_id,
+            num_random_ids=self._num_random_ids,
+            seed=seed,
+            epoch=epoch,
+            stream=stream,
+        )
+
+    @staticmethod
+    def _without_repeats(batch: dict[str, Any], loader: DataLoader, position: int) -> dict[str, Any]:
+        """Take out the samples that the sampler repeats to give all ranks equally many.
+
+        Args:
+            batch: A collated microbatch.
+            loader: Where it comes from; its sampler deals the data set out in turns to the ranks.
+            position: Which microbatch of the epoch it is on this rank.
+        """
+        sampler, size = loader.sampler, len(loader.dataset)
+        first = position * loader.batch_size
+        repeated = {
+            slot for slot in batch["slots"] if (first + slot) * sampler.num_replicas + sampler.rank >= size
+        }
+        return without_samples(batch, repeated)
+
+    def _reduce(self, totals: StepTotals) -> StepTotals:
+        return StepTotals(*self._dp_allreduce(torch.tensor(totals, dtype=torch.long)).tolist())
+
+    def _report_dropped(self, totals: StepTotals) -> None:
+        self.num_dropped += totals.num_dropped
+        if totals.num_dropped and self.dist_env.is_main:
+            logger.warning(
+                "step %d: %d too long samples dropped, %d so far in this run; %d samples count",
+                self.step_scheduler.step,
+                totals.num_dropped,
+                self.num_dropped,
+                totals.num_samples,
+            )
+
+    def _forward_backward_step(
+        self,
+        idx: int,
+        batch: dict[str, Any],
+        *,
+        loss_buffer: list[Tensor],
+        num_label_tokens: int,
+        num_batches: int,
+        is_train: bool = True,
+    ) -> None:
+        """Run one weighed microbatch; upstream's arguments. ``num_label_tokens`` is in the weights already."""
+        del num_label_tokens
+        batch = {key: _move_to_device(value, self.dist_env.device) for key, value in batch.items()}
+        model = self.model_parts[0]
+        sync = nullcontext()
+        if is_train:
+            defer = getattr(self.distributed_config, "defer_fsdp_grad_sync", True)
+            sync = get_sync_ctx(model, idx == num_batches - 1, defer_fsdp_grad_sync=defer)
+        with sync:
+            with self._autocast_context():
+                loss = self._compute_loss(model, batch)
+            loss_buffer.append(loss.detach().clone())
+            if is_train:
+                (loss * self._get_dp_group_size(include_cp=True)).backward()
+
+    def _compute_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Loss of a weighed microbatch: a scalar that sums to the step's loss over microbatches and ranks."""
+        logits = model(**self._model_inputs(batch)).logits
+        positions = batch["output_positions"]
+        return self.loss_fn(
+            logits,
+            batch["labels"].flatten()[positions],
+            weight=batch["output_weight"],
+            noisy_ids=batch["input_ids"].flatten()[positions],
+        )
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": dense_mask(batch, self._model_config.context_attention),
+            "position_ids": batch["position_ids"],
+            "pixel_values": batch["pixel_values"],
+            "image_grid_thw": batch["image_grid_thw"],
+            "output_positions": batch["output_positions"],
+            "use_cache": False,
+        }
+
+    # ------------------ validation ------------------
+    @torch.no_grad()
+    def _run_validation_epoch(self, val_dataloader: DataLoader) -> MetricsSample:
+        """Loss over the validation set, with noise that depends on the sample alone.
+
+        It is drawn with a fixed seed and epoch and from ``validation_noise`` (by default the whole range of levels,
+        whatever training uses), so that runs with the same block size compare.
+        """
+        for part in self.model_parts:
+            part.eval()
+        context = self._noise_context(VALIDATION_SEED, 0, VALIDATION_STREAM)
+        losses, seen = [], StepTotals(0, 0, 0, 0)
+        one = StepTotals(1, 1, 0, 0)
+        for index, collated in enumerate(val_dataloader):
+            batch = self._without_repeats(collated, val_dataloader, index)
+            batch = corrupt_batch(batch, self.validation_noise, context)
+            seen = StepTotals(*(a + b for a, b in zip(seen, count([batch]), strict=True)))
+            self._forward_backward_step(
+                0,
+                weigh(batch, self.loss_fn.reduction, one),
+                loss_buffer=losses,
+                num_label_tokens=0,
+                num_batches=1,
+                is_train=False,
+            )
+        totals = self._reduce(seen)
+        divisor = totals.num_samples if self.loss_fn.reduction == "mean" else totals.num_loss_tokens
+        total = self._dp_allreduce(torch.stack(losses).double().sum(), include_cp=True).item()
+        return MetricsSample(
+            step=self.step_scheduler.step,
+            epoch=self.step_scheduler.epoch,
+            metrics={
+                "val_loss": total / max(divisor, 1),
+                "lr": self.optimizer[0].param_groups[0]["lr"],
+                "num_label_tokens": totals.num_loss_tokens,
+                "num_samples": totals.num_samples,
+                "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
+            },
+        )
+
+
+def _section(cfg: Any, key: str) -> dict[str, Any] | None:  # noqa: ANN401
+    node = cfg.get(key, None)
+    return node.to_dict() if hasattr(node, "to_dict") else node
+
+
+def main(config_path: str | os.PathLike | None = None) -> None:
+    """Run the recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
+    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
+
+    recipe = PBMRecipe(parse_args_and_load_config(config_path))
+    recipe.setup()
+    recipe.run_train_validation_loop()
+
+
+if __name__ == "__main__":
+    main()

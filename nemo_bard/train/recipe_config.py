@@ -1,0 +1,289 @@
+"""What a PBM recipe file may say, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_bard.noise import NoiseLevels, make_noise
+
+RECIPE_KEYS = (
+    "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
+    "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
+    "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
+    "mlflow", "noise", "validation_noise", "compute_dtype",
+)  # fmt: skip
+"""Top-level keys: those of AutoModel's VLM recipe, and ``noise``, ``validation_noise`` and ``compute_dtype``."""
+REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
+SECTION_KEYS = {
+    "dist_env": ("backend", "timeout_minutes"),
+    "step_scheduler": (
+        "global_batch_size", "local_batch_size", "num_epochs", "max_steps", "ckpt_every_steps",
+        "save_checkpoint_every_epoch", "validate_on_checkpoint", "val_every_steps", "log_remote_every_steps",
+        "loss_average_window_steps", "gc_every_steps", "start_step", "start_epoch", "preemption_signal",
+    ),
+    "lr_scheduler": (
+        "_target_", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "init_lr", "max_lr", "min_lr", "start_wd",
+        "end_wd", "wd_incr_steps", "wd_incr_style", "use_checkpoint_opt_param_scheduler",
+        "override_opt_param_scheduler", "wsd_decay_steps", "lr_wsd_decay_style",
+    ),
+    "dataloader": (
+        "_target_", "shuffle", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last",
+        "collate_fn",
+    ),
+    "distributed": (
+        "_target_", "strategy", "tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size",
+        "activation_checkpointing", "activation_checkpointing_scope", "mp_policy", "offload_policy", "autocast_dtype",
+        "defer_fsdp_grad_sync", "reshard_after_forward", "enable_compile", "enable_fsdp2_prefetch",
+        "fsdp2_backward_prefetch_depth", "fsdp2_forward_prefetch_depth", "sequence_parallel", "tp_plan",
+        "enable_async_tensor_parallel", "patch_is_packed_sequence", "multimodal", "pipeline", "moe",
+    ),
+    "clip_grad_norm": ("max_norm", "backend"),
+    "checkpoint": (
+        "enabled", "checkpoint_dir", "restore_from", "best_metric_key", "model_save_format", "model_cache_dir",
+        "model_repo_id", "save_consolidated", "is_peft", "model_state_dict_keys", "is_async", "wait_for_staging",
+        "cpu_offload", "allow_legacy_pickle_restore", "dequantize_base_checkpoint", "original_model_root_dir",
+        "skip_task_head_prefixes_for_base_model", "single_rank_consolidation", "staging_dir", "v4_compatible",
+        "legacy_paramwrapper_layout", "diffusers_compatible", "max_recent_checkpoints", "consolidation_timeout_minutes",
+    ),
+    "model": (
+        "_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype", "attn_implementation",
+        "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "trust_remote_code", "cache_dir",
+        "revision", "token", "text_config", "vision_config", "quantization_config", "block_size", "mask_token_id",
+        "context_attention", "assistant_header_ids", "eos_token_id", "tie_word_embeddings",
+    ),
+}  # fmt: skip
+BACKENDS = ("auto", "nccl", "gloo")
+COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
+ATTENTION_BACKENDS = ("sdpa", "bard")
+SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """The ``noise`` section of a recipe.
+
+    Raises:
+        ValueError: For an unknown name, or a value that is not allowed.
+    """
+
+    name: str = "mask"
+    """``mask``, ``uniform`` or ``mixed``, see ``nemo_bard.noise``."""
+    low: float = 1e-3
+    """Smallest noise level ``t``, > 0."""
+    high: float = 1.0
+    """Largest noise level."""
+    per: str = "block"
+    """``block``: one level per block, stratified over a response; ``sample``: one level for all of a sample."""
+    num_random_ids: int | None = None
+    """Random replacements are drawn from ids below this; None means the tokenizer's base vocabulary, which ends
+    where special and added tokens begin (151643 for Qwen3-VL, what the reference draws from)."""
+
+    def __post_init__(self) -> None:
+        make_noise(self.name)
+        for key in ("low", "high"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"noise.{key} must be a number, got {value!r}")
+        self.levels()
+        if self.num_random_ids is not None:
+            _check_count("noise.num_random_ids", self.num_random_ids)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None, *, section: str = "noise") -> NoiseSettings:
+        """Build from a recipe's section; ``section`` is its name in error messages.
+
+        Raises:
+            ValueError: For an unknown key (names the nearest one) or a value that is not allowed.
+        """
+        values = dict(values or {})
+        check_keys(section, values, [field.name for field in fields(cls)])
+        return cls(**values)
+
+    def levels(self) -> NoiseLevels:
+        """How the level of each block is drawn."""
+        return NoiseLevels(low=float(self.low), high=float(self.high), per=self.per)
+
+
+def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for the first key that is not known, naming the nearest one; ``section`` may be empty."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            prefix = f"{section}." if section else ""
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown recipe key {prefix}{key}{hint}")
+
+
+def validate_recipe(raw: Mapping[str, Any]) -> None:
+    """Check a PBM recipe; nothing is built, and no file but the model's ``config.json`` is read.
+
+    Args:
+        raw: The recipe as plain dictionaries, with ``_target_`` as dotted names.
+
+    Raises:
+        ValueError: One line that names the key, its value, and what is allowed.
+    """
+    check_keys("", raw, RECIPE_KEYS)
+    for key in REQUIRED_KEYS:
+        if not isinstance(raw.get(key), Mapping):
+            raise ValueError(f"the recipe needs a section {key!r}, got {raw.get(key)!r}")
+    for section, known in SECTION_KEYS.items():
+        for name in (section, f"validation_{section}") if section == "dataloader" else (section,):
+            if raw.get(name) is not None:
+                if not isinstance(raw[name], Mapping):
+                    raise ValueError(f"{name} must be a section of keys, got {raw[name]!r}")
+                check_keys(name, raw[name], known)
+    if raw.get("packed_sequence"):
+        raise ValueError("packed_sequence is not supported by this recipe: its collator would be replaced; remove it")
+    _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
+    _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
+    _check_distributed(raw["distributed"])
+    _check_step_scheduler(raw["step_scheduler"])
+    _check_model(raw["model"])
+    for name in ("dataset", "validation_dataset"):
+        _check_dataset(name, raw.get(name))
+    for name in ("dataloader", "validation_dataloader"):
+        if raw.get(name.replace("dataloader", "dataset")) is not None:
+            _check_collator(name, raw.get(name) or {})
+    _check_noise(raw)
+
+
+def _check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+
+def _check_count(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
+
+
+def _check_distributed(section: Mapping[str, Any]) -> None:
+    strategy = section.get("strategy", "fsdp2")
+    if strategy == "megatron_fsdp":
+        raise ValueError(
+            "distributed.strategy: megatron_fsdp does not work with the installed megatron-core; use fsdp2"
+        )
+    _check_choice("distributed.strategy", strategy, ("fsdp2",))
+    for key in SINGLE_SIZES:
+        if section.get(key) not in (None, 1):
+            raise ValueError(f"distributed.{key} must be 1 (block masks are not split over ranks), got {section[key]!r}")
+
+
+def _check_step_scheduler(section: Mapping[str, Any]) -> None:
+    for key in ("global_batch_size", "local_batch_size"):
+        _check_count(f"step_scheduler.{key}", section.get(key))
+    for key in ("max_steps", "num_epochs", "ckpt_every_steps", "val_every_steps"):
+        if section.get(key) is not None:
+            _check_count(f"step_scheduler.{key}", section[key])
+    if section.get("max_steps") is None and section.get("num_epochs") is None:
+        raise ValueError("set step_scheduler.max_steps or step_scheduler.num_epochs; both are null")
+    check_batch_sizes(section["global_batch_size"], section["local_batch_size"], 1)
+
+
+def check_batch_sizes(global_batch_size: int, local_batch_size: int, ranks: int) -> None:
+    """Raise ValueError unless the global batch is a whole number of local batches on all ranks."""
+    if global_batch_size % (local_batch_size * ranks):
+        raise ValueError(
+            f"step_scheduler.global_batch_size={global_batch_size} must be divisible by"
+            f" step_scheduler.local_batch_size={local_batch_size} times {ranks} data-parallel rank(s)"
+        )
+
+
+def _check_model(section: Mapping[str, Any]) -> None:
+    _check_choice(
+        "model.attn_implementation", section.get("attn_implementation", ATTENTION_BACKENDS[0]), ATTENTION_BACKENDS
+    )
+    if section.get("block_size") is not None:
+        _check_count("model.block_size", section["block_size"])
+    key = "model.pretrained_model_name_or_path"
+    name = section.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{key} must name a checkpoint folder made by `nemo-bard convert`, got {name!r}")
+    folder = Path(name)
+    if not folder.is_dir():
+        is_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
+        if not is_hub_id or os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE"):
+            raise ValueError(f"{key}: {name} is not a folder")
+        return
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{key}: {folder} has no config.json")
+    try:
+        model_type = json.loads(config_file.read_text()).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{key}: {config_file} is not a JSON object ({error})") from error
+    if model_type == "qwen3_vl":
+        raise ValueError(
+            f"{key}: {folder} is a Qwen3-VL checkpoint; make a start point with `nemo-bard convert {folder} DST`"
+            " and name DST"
+        )
+    if model_type != "bard_vl":
+        raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
+
+
+def _check_dataset(name: str, section: Any) -> None:
+    if section is None:
+        return
+    if not isinstance(section, Mapping) or not section.get("_target_"):
+        raise ValueError(f"{name} must be a section with _target_, got {section!r}")
+    target = section["_target_"]
+    if isinstance(target, str) and target.startswith("nemo_bard."):
+        target = _resolve(f"{name}._target_", target)
+    if callable(target) and getattr(target, "__module__", "").startswith("nemo_bard."):
+        parameters = inspect.signature(target).parameters
+        known = [key for key in parameters if key != "self"]
+        extra = ("_target_", "chat_template")
+        check_keys(name, section, [*known, *extra])
+        for key in known:
+            required = parameters[key].default is inspect.Parameter.empty
+            if required and section.get(key) is None:
+                raise ValueError(f"{name}.{key} must be set, got {section.get(key)!r}")
+    path = section.get("path")
+    if isinstance(path, str) and not Path(path).exists():
+        raise ValueError(f"{name}.path: {path} does not exist")
+
+
+def _check_collator(name: str, section: Mapping[str, Any]) -> None:
+    collator = section.get("collate_fn")
+    if not isinstance(collator, Mapping) or not collator.get("_target_"):
+        raise ValueError(f"{name}.collate_fn must be a section with _target_, got {collator!r}")
+    if str(collator["_target_"]).endswith("nemo_bard.collate.BlockDiffusionCollator"):
+        known = ("_target_", "max_length", "turns", "overlong", "pad_to_multiple_of")
+        check_keys(f"{name}.collate_fn", collator, known)
+
+
+def _check_noise(raw: Mapping[str, Any]) -> None:
+    settings = NoiseSettings.from_dict(raw.get("noise"))
+    if raw.get("validation_noise") is not None:
+        NoiseSettings.from_dict(raw["validation_noise"], section="validation_noise")
+    loss = raw["loss_fn"].get("_target_")
+    if not loss:
+        raise ValueError("loss_fn must have _target_, such as nemo_bard.losses.BlockDiffusionCrossEntropy")
+    if isinstance(loss, str) and loss.startswith("nemo_bard."):
+        loss = _resolve("loss_fn._target_", loss)
+        check_keys("loss_fn", raw["loss_fn"], ["_target_", *inspect.signature(loss).parameters])
+    if getattr(loss, "needs_noisy_ids", False) and settings.name != "uniform":
+        raise ValueError(
+            f"loss_fn {loss.__name__} needs noise.name: uniform (its formula holds on the path from uniform noise),"
+            f" got {settings.name!r}"
+        )
+
+
+def _resolve(key: str, dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}: {dotted} cannot be imported ({error})") from error
