@@ -1,0 +1,44 @@
+# make test | demo | lint | clean, each of which sets up .venv first where needed. An existing environment instead:
+#   make test PYTHON=/path/to/bin/python
+VENV ?= .venv
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+UV := $(shell command -v uv 2>/dev/null)
+ifneq ($(UV),)
+CREATE = uv venv --allow-existing --python '>=3.11,<3.13' $(VENV)
+PIP = uv pip install --python $(PYTHON)
+else
+CREATE = python3 -m venv $(VENV)
+PIP = $(PYTHON) -m pip install
+endif
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+MARKS ?= not gpu and not network and not slurm
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: venv install demo test lint clean
+install: $(VENV)/.ready
+venv: install
+
+$(VENV)/.ready: setup.py constraints.txt
+	$(CREATE)
+	$(PIP) -c constraints.txt setuptools torch torchvision
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(PYTHON) -m nemo_bard.demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(PYTHON) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(dir $(PYTHON))lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

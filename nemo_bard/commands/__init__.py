@@ -1,0 +1,21 @@
+"""Subcommands of ``nemo-bard``, one module each, imported only when called.
+
+A command module defines ``add_parser(subparsers) -> argparse.ArgumentParser``, which adds its own parser, and
+``run(args) -> int``, which returns the exit code. It imports nothing heavy at module level. One that sets
+``ACCEPTS_OVERRIDES = True`` gets what argparse did not know as ``args.overrides``, in the order of the command line;
+everywhere else an unknown argument is an error. Adding a command takes one line in ``COMMANDS``.
+"""
+
+from __future__ import annotations
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "finetune": ("nemo_bard.commands.finetune", "train from a recipe YAML (also: automodel finetune)"),
+    "convert": ("nemo_bard.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
+    "doctor": ("nemo_bard.commands.doctor", "check the installation and say how to repair it"),
+}
+"""Command name -> (module, one line of help)."""
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+"""What wrong input raises; the command line shows these as one line."""
+
+EXIT_USER_ERROR = 2
