@@ -169,12 +169,14 @@ def sample_layout(
         The layout; its noisy part is ``sum(ceil(len / B) * B)`` tokens long.
 
     Raises:
-        ValueError: If there is no supervised response, ``block_size`` < 1 or the spans are wrong.
+        ValueError: If there is no supervised response or not that many, ``block_size`` < 1 or the spans are wrong.
     """
     blocks = context_block_ids(length, responses, block_size)
     chosen = list(range(len(responses))) if supervised is None else sorted(set(supervised))
     if not chosen:
         raise ValueError("a training sample needs at least one assistant response")
+    if chosen[0] < 0 or chosen[-1] >= len(responses):
+        raise ValueError(f"supervised must index the {len(responses)} responses, got {list(supervised or ())}")
     last_start, last_end = responses[chosen[-1]]
     kept = last_start + (last_end - last_start - 1) // block_size * block_size if drop_last_clean_block else length
     source, offset = [torch.arange(kept)], [torch.zeros(kept, dtype=torch.int64)]

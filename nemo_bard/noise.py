@@ -80,7 +80,12 @@ class NoiseLevels:
 
         Returns:
             ``[num_blocks]`` float32 in [low, high].
+
+        Raises:
+            ValueError: If ``num_blocks`` < 1.
         """
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks must be >= 1, got {num_blocks}")
         if self.per == "sample":
             u = torch.rand(1, generator=generator).expand(num_blocks)
         else:
