@@ -125,6 +125,7 @@ class BardGenerationConfig(GenerationConfig):
         decode_path: ``fast``, or ``plain``: the oracle, with separate commit forwards and logits everywhere.
         cache_implementation: ``in_place`` (exact shapes), ``static`` (fixed shapes, compiled on CUDA); None picks
             ``static`` on CUDA and ``in_place`` elsewhere.
+        compile_step: Compile the block forward (``static`` cache only); None compiles on CUDA.
         return_dict_in_generate: Return a ``BardGenerateOutput`` instead of ids.
         return_step_stats: Return ``(ids, stats)``.
         output_history: Keep ids and confidence of every step in the output.
@@ -152,6 +153,7 @@ class BardGenerationConfig(GenerationConfig):
         "bos_token_id": None,
         "decode_path": "fast",
         "cache_implementation": None,
+        "compile_step": None,
         "return_dict_in_generate": False,
         "return_step_stats": False,
         "output_history": False,
@@ -214,6 +216,13 @@ class BardGenerationConfig(GenerationConfig):
         choice("remasking_strategy", REMASKING_STRATEGIES)
         choice("decode_path", DECODE_PATHS)
         choice("cache_implementation", CACHE_IMPLEMENTATIONS, optional=True)
+        for name in ("suppress_mask_token", "return_dict_in_generate", "return_step_stats", "output_history"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.compile_step not in (None, True, False):
+            raise ValueError(f"compile_step must be true, false or null, got {self.compile_step!r}")
+        if self.compile_step and self.cache_implementation != "static":
+            raise ValueError('compile_step=True needs cache_implementation="static"')
         for name in ("temperature", "entropy_bound"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from nemo_bard.model import BardVLForConditionalGeneration
 
 
+MIN_STATIC_CAPACITY = 512
+"""Fixed-shape caches hold a power of two of tokens, at least this many, so that few shapes are ever compiled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
     """A generation config with every default resolved against the model; see ``BardGenerationConfig`` for meanings."""
@@ -52,6 +56,7 @@ class DecodeSettings:
     pad_token_id: int
     context_attention: str
     static_cache: bool
+    compile_step: bool
     output_history: bool
 
     @property
@@ -132,6 +137,9 @@ class BlockCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_zeros(rows, heads, self.capacity, key_states.shape[-1])
         self.values = value_states.new_zeros(rows, heads, self.capacity, value_states.shape[-1])
+        if self.device.type == "cuda":  # CUDA graphs only record writes to tensors whose address never changes
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -229,12 +237,26 @@ class FastEngine(_EngineBase):
 
     def __init__(self, model: BardVLForConditionalGeneration, prompt: Prompt, settings: DecodeSettings) -> None:
         super().__init__(model, prompt, settings)
-        capacity = self.committed + settings.num_blocks * settings.block_size
-        self.capacity = capacity
-        self.cursor: dict[str, Any] = {"start": 0, "columns": None}
-        layers = model.config.text_config.num_hidden_layers
-        self.cache = Cache(layers=[BlockCacheLayer(capacity, self.cursor) for _ in range(layers)])
+        self.capacity = self.committed + settings.num_blocks * settings.block_size
+        if settings.static_cache:
+            self.capacity = max(MIN_STATIC_CAPACITY, 1 << (self.capacity - 1).bit_length())
+        self.cache, self.cursor = self._make_cache()
         self.step_mask: Tensor | None = None
+        self.text_forward = _compiled_text_forward(model) if settings.compile_step else None
+
+    def _make_cache(self) -> tuple[Cache, dict[str, Any]]:
+        """Make the cache; compiled code gets the model's last one back if it fits, since it has recorded its addresses."""
+        weight = self.model.get_input_embeddings().weight
+        key = (self.prompt.input_ids.shape[0], self.capacity, weight.dtype, weight.device)
+        kept = self.model.__dict__.get("_bard_static_cache")
+        if self.settings.compile_step and kept is not None and kept[0] == key:
+            return kept[1], kept[2]
+        cursor: dict[str, Any] = {"start": 0, "columns": None}
+        layers = self.model.config.text_config.num_hidden_layers
+        cache = Cache(layers=[BlockCacheLayer(self.capacity, cursor) for _ in range(layers)])
+        if self.settings.compile_step:
+            self.model.__dict__["_bard_static_cache"] = (key, cache, cursor)
+        return cache, cursor
 
     def _forward(
         self,
@@ -250,6 +272,14 @@ class FastEngine(_EngineBase):
         if self.settings.static_cache and start:
             self.cursor["columns"] = start + torch.arange(ids.shape[1], device=ids.device)
             mask = torch.nn.functional.pad(mask, (0, self.capacity - mask.shape[-1]))
+            if self.text_forward is not None:
+                hidden = self.text_forward(
+                    inputs_embeds=self.model.get_input_embeddings()(ids),
+                    attention_mask=mask,
+                    position_ids=positions.contiguous(),
+                    past_key_values=self.cache,
+                )
+                return self.model.lm_head(hidden.flatten(0, 1).index_select(0, wanted))
         else:
             self.cursor["columns"] = None
         return self.model(
@@ -354,6 +384,21 @@ class PlainEngine(_EngineBase):
             layer.batch_select_indices(rows)
 
 
+def _compiled_text_forward(model: BardVLForConditionalGeneration) -> Callable[..., Tensor]:
+    """Return the text model compiled for fixed shapes (CUDA graphs on CUDA), one per model, giving hidden states."""
+    compiled = model.__dict__.get("_bard_compiled_text_forward")
+    if compiled is None:
+        text_model = model.model.language_model
+
+        def run(**kwargs: Any) -> Tensor:  # noqa: ANN401
+            return text_model(**kwargs).last_hidden_state
+
+        mode = "reduce-overhead" if model.get_input_embeddings().weight.is_cuda else None
+        compiled = torch.compile(run, mode=mode, dynamic=False)
+        model.__dict__["_bard_compiled_text_forward"] = compiled
+    return compiled
+
+
 @contextlib.contextmanager
 def _attention_backend(model: BardVLForConditionalGeneration) -> Iterator[None]:
     """Use the ``bard`` backend, which takes dense bool masks, whatever the model was loaded with."""
@@ -438,28 +483,31 @@ class Decoder:
         self.engine.encode_vision()
         after_vision = self._clock()
         after_prefill = after_vision
-        live = list(range(rows))
+        live = list(range(rows))  # rows of the batch that the engine still runs
+        going = list(range(rows))  # indices into `live` that have not ended; all of them unless shapes are fixed
         finished: Tensor | None = None
         for block in range(settings.num_blocks):
             canvas = torch.full((len(live), settings.block_size), settings.mask_token_id, device=self.device)
-            everywhere = torch.arange(canvas.numel(), device=self.device)
+            index = torch.tensor(going, device=self.device).unsqueeze(1) * settings.block_size
+            positions = (index + torch.arange(settings.block_size, device=self.device)).flatten()
             if finished is None:
-                logits = self.engine.first(canvas, everywhere)
+                logits = self.engine.first(canvas, positions)
                 after_prefill = self._clock()
             else:
-                logits = self.engine.advance(finished, canvas, everywhere)
-            finished, ends = self._denoise(block, canvas, logits, live)
-            live_index = self._close_block(block, finished, ends, live)
-            if not live_index or block + 1 == settings.num_blocks:
+                logits = self.engine.advance(finished, canvas, positions)
+            finished, ends = self._denoise(block, canvas, logits, positions, live, going)
+            going = self._close_block(block, finished, ends, live, going)
+            if not going or block + 1 == settings.num_blocks:
                 break
             if self.engine.separate_commits:
-                for index in live_index:
+                for index in going:
                     self.commits[live[index]] += 1
-            if len(live_index) < len(live):
-                keep = torch.tensor(live_index, device=self.device)
+            if len(going) < len(live) and not settings.compile_step:  # another batch size would be compiled anew
+                keep = torch.tensor(going, device=self.device)
                 self.engine.select(keep)
                 finished = finished[keep]
-                live = [live[index] for index in live_index]
+                live = [live[index] for index in going]
+                going = list(range(len(live)))
         end = self._clock()
         longest = max(self.lengths)
         return DecodeResult(
@@ -476,16 +524,20 @@ class Decoder:
             history=self.history,
         )
 
-    def _denoise(self, block: int, canvas: Tensor, logits: Tensor, live: list[int]) -> tuple[Tensor, list[int]]:
-        """Denoise one block of the live rows; returns its tokens ``[rows, B]`` and each row's first EOS (``B`` if none)."""
+    def _denoise(
+        self, block: int, canvas: Tensor, logits: Tensor, positions: Tensor, live: list[int], going: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Denoise one block of the rows ``going``; returns its tokens ``[rows, B]`` and each row's first EOS (``B`` if none).
+
+        ``logits`` ``[K, V]`` are those of the first step, at the flat ``positions`` ``[K]`` of ``canvas``.
+        """
         settings = self.settings
         size, editing = settings.block_size, settings.edit_threshold is not None
-        is_masked = torch.ones_like(canvas, dtype=torch.bool)
-        running = torch.ones(len(live), dtype=torch.bool, device=self.device)
+        running = torch.zeros(len(live), dtype=torch.bool, device=self.device)
+        running[torch.tensor(going, device=self.device)] = True
+        is_masked = running.unsqueeze(1).expand_as(canvas)
         post_steps = torch.zeros(len(live), dtype=torch.int64, device=self.device)
-        wanted = is_masked
-        positions = torch.arange(canvas.numel(), device=self.device)
-        running_rows = list(range(len(live)))
+        running_rows = going
         columns = torch.arange(size, device=self.device)
         step = 0
         while True:
@@ -537,7 +589,7 @@ class Decoder:
     def _propose(self, logits: Tensor, canvas: Tensor, positions: Tensor, live: list[int]) -> Candidates:
         settings = self.settings
         if settings.suppress_mask_token:
-            logits = logits.index_fill(1, torch.tensor([settings.mask_token_id], device=self.device), float("-inf"))
+            logits[:, settings.mask_token_id] = float("-inf")
         if self.hooks.logits_processor is not None:
             context = self._context(live, canvas)
             logits = self.hooks.logits_processor(context[positions // settings.block_size], logits)
@@ -577,18 +629,21 @@ class Decoder:
             )
         )
 
-    def _close_block(self, block: int, finished: Tensor, ends: list[int], live: list[int]) -> list[int]:
-        """Store a finished block; returns the indices (into ``live``) of the rows that go on."""
+    def _close_block(
+        self, block: int, finished: Tensor, ends: list[int], live: list[int], going: list[int]
+    ) -> list[int]:
+        """Store a finished block of the rows ``going``; returns the indices (into ``live``) of those that go on."""
         settings = self.settings
         size, begin = settings.block_size, block * settings.block_size
         room = min(size, settings.max_new_tokens - begin)
-        for index, row in enumerate(live):
+        for index in going:
+            row = live[index]
             taken = min(ends[index] + 1, room)
             self.response[row, begin : begin + taken] = finished[index, :taken]
             self.lengths[row] = begin + taken
             if self.hooks.on_block is not None:
                 self.hooks.on_block(finished[index, :taken])
-        going = [index for index in range(len(live)) if ends[index] >= size]
+        going = [index for index in going if ends[index] >= size]
         if self.hooks.stopping_criteria is not None and going:
             stop = self.hooks.stopping_criteria(self._context(live), None)
             flags = stop.tolist() if isinstance(stop, Tensor) else [bool(stop)] * len(live)

@@ -96,6 +96,7 @@ def resolve_settings(model: BardVLForConditionalGeneration, config: BardGenerati
         pad_token_id=pad,
         context_attention=model_config.context_attention,
         static_cache=implementation == "static",
+        compile_step=implementation == "static" and (on_cuda if config.compile_step is None else config.compile_step),
         output_history=config.output_history,
     )
 
