@@ -63,9 +63,9 @@ def check_block_size(block_size: int) -> None:
 def find_responses(
     input_ids: Tensor, assistant_header_ids: Sequence[int] | None, end_ids: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Find the assistant responses of a tokenised conversation.
+    r"""Find the assistant responses of a tokenised conversation.
 
-    A response starts after the assistant header (``<|im_start|>assistant\\n``) and runs up to and including the first
+    A response starts after the assistant header (``<|im_start|>assistant\n``) and runs up to and including the first
     end token; the last one may be open (then it ends with the sequence). A header with nothing behind it, which is how
     a generation prompt ends, is no response.
 

@@ -156,7 +156,7 @@ def top_k_kd(
     Raises:
         ValueError: If ``temperature`` <= 0 or ``direction`` is unknown.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"kd_temperature must be > 0, got {temperature}")
     if direction not in KD_DIRECTIONS:
         raise ValueError(f"kd_direction must be one of {', '.join(KD_DIRECTIONS)}, got {direction!r}")
