@@ -54,5 +54,5 @@ def find_recipe(name: str) -> Path:
     if not path.is_absolute() and key in shipped:
         return shipped[key]
     near = difflib.get_close_matches(key, shipped, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(f"--config {name}: no such file, and no shipped recipe{hint} Shipped: {', '.join(shipped)}")
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise FileNotFoundError(f"--config {name}: no such file or shipped recipe{hint} shipped: {', '.join(shipped)}")

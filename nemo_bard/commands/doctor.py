@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -19,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Print every check as it is done; 1 if one found something broken."""
     from nemo_bard.doctor import BROKEN, run_checks
 
+    warnings.simplefilter("ignore")  # imports warn about what is optional; the checks say what matters
+    logging.disable(logging.WARNING)
     checks = []
     for check in run_checks():
         checks.append(check)

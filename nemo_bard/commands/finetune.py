@@ -5,7 +5,7 @@ AutoModel's own launcher does. Two hooks of the class are honoured:
 
 - ``validate_config(raw)``: called with the final configuration as plain dictionaries, before anything heavy and before
   worker processes start; raises ValueError.
-- ``parses_overrides = True``: the class reads the command line itself; it is built by
+- ``parses_overrides = True``: the class reads and checks the command line itself; it is built by
   ``from_overrides(config_path, overrides)``, with the words as typed (for example Hydra's ``group=value``).
 """
 
@@ -19,10 +19,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_bard.commands import EXIT_USER_ERROR, USER_ERRORS
 from nemo_bard.paths import find_recipe
+
+if TYPE_CHECKING:
+    from nemo_automodel.components.config.loader import ConfigNode
 
 ACCEPTS_OVERRIDES = True
 _BARE_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -120,6 +123,16 @@ def _translate(key: str, value: Any) -> Any:  # noqa: ANN401
         raise ValueError(f"{key}: {error.args[0]}") from error
 
 
+def load_config(config_path: Path, overrides: list[tuple[str, str]]) -> ConfigNode:
+    """Return what NeMo AutoModel hands to a recipe; ValueError if a name in it cannot be imported."""
+    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
+
+    try:
+        return parse_args_and_load_config(str(config_path), [f"--{key}={text}" for key, text in overrides])
+    except ImportError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+
+
 def load_recipe_class(config_path: Path, raw: dict[str, Any]) -> type:
     """Import the class that ``recipe:`` names: a dotted path, or the bare name of one of NeMo AutoModel's recipes.
 
@@ -145,14 +158,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the recipe here, or start torchrun with one worker per process and pass its exit code on."""
     config_path = find_recipe(args.config)
     recipe_class = load_recipe_class(config_path, load_raw_config(config_path, []))
-    pairs = [] if getattr(recipe_class, "parses_overrides", False) else parse_overrides(args.overrides)
-    if any(key.split(".")[0] == "recipe" for key, _ in pairs):
-        raise ValueError("recipe: cannot be overridden on the command line; it belongs to the YAML file")
-    if pairs or not getattr(recipe_class, "parses_overrides", False):
-        validate = getattr(recipe_class, "validate_config", None)
+    pairs: list[tuple[str, str]] = []
+    if not getattr(recipe_class, "parses_overrides", False):
+        pairs = parse_overrides(args.overrides)
+        if any(key.split(".")[0] == "recipe" for key, _ in pairs):
+            raise ValueError("recipe: cannot be overridden on the command line; it belongs to the YAML file")
         raw = load_raw_config(config_path, pairs)
-        if validate is not None:
-            validate(raw)
+        if hasattr(recipe_class, "validate_config"):
+            recipe_class.validate_config(raw)
     if under_torchrun():
         started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if args.nproc_per_node not in (None, started):
@@ -190,6 +203,7 @@ def count_processes(requested: int | None) -> int:
 
 def run_torchrun(processes: int, config_path: Path, overrides: list[str]) -> int:
     """Start ``processes`` workers of this command on a free port; a worker has told what went wrong."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
@@ -204,6 +218,9 @@ def run_torchrun(processes: int, config_path: Path, overrides: list[str]) -> int
             return EXIT_USER_ERROR
         sys.stderr.write(f"error: worker {failure.local_rank} of {processes} ended with exit code {failure.exitcode}\n")
         return 1
+    except SignalException as error:
+        sys.stderr.write(f"error: stopped by {error.sigval.name}\n")
+        return 128 + error.sigval
     return 0
 
 
@@ -211,17 +228,14 @@ def run_in_process(recipe_class: type, config_path: Path, overrides: list[str], 
     """Build the recipe, set it up and run it; returns the exit code."""
     import torch
 
-    if not torch.cuda.is_available():
-        from nemo_bard.train import cpu_compat
-
-        cpu_compat.apply()  # recipes of NeMo AutoModel itself run on CPU too
     with report_unexpected_only():
         if getattr(recipe_class, "parses_overrides", False):
             recipe = recipe_class.from_overrides(config_path, overrides)
         else:
-            from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
+            from nemo_bard.train import cpu_compat
 
-            recipe = recipe_class(parse_args_and_load_config(str(config_path), [f"--{k}={v}" for k, v in pairs]))
+            cpu_compat.apply()  # without CUDA, NeMo AutoModel's own recipes run too
+            recipe = recipe_class(load_config(config_path, pairs))
         recipe.setup()
     result = recipe.run_train_validation_loop()
     if torch.distributed.is_initialized():
