@@ -225,8 +225,8 @@ class BardGenerationConfig(GenerationConfig):
             raise ValueError('compile_step=True needs cache_implementation="static"')
         for name in ("temperature", "entropy_bound"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         for name in self._TOKEN_IDS:
             value = getattr(self, name)
             ids = value if isinstance(value, (list, tuple)) and name == "eos_token_id" else [value]
@@ -272,6 +272,15 @@ class BardGenerationConfig(GenerationConfig):
         """Defaults; what a call needs from the model's configuration is read there."""
         del model_config
         return cls()
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig | None) -> BardGenerationConfig:
+        """Return ``config`` itself if it is one, the defaults for None; else read it as ``from_dict`` reads a file."""
+        if isinstance(config, cls):
+            return config
+        values = {} if config is None else config.to_dict()
+        known = (*cls._DEFAULTS, *cls._METADATA)
+        return cls.from_dict({name: values[name] for name in known if values.get(name) is not None})
 
     def updated(self, **overrides: Any) -> BardGenerationConfig:  # noqa: ANN401
         """Return a copy with ``overrides``; an unknown name raises ValueError."""

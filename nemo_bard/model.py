@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.qwen3_vl.model import Qwen3VLForConditionalGeneration
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutputWithPast
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
@@ -24,6 +24,7 @@ from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
 logger = logging.getLogger(__name__)
 
 SOURCE_MODEL_TYPES = ("qwen3_vl", "bard_vl")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
@@ -37,11 +38,19 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     config_class = BardVLConfig
     generation_config_class = BardGenerationConfig
     config: BardVLConfig
-    generation_config: BardGenerationConfig
 
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
+
+    @property
+    def generation_config(self) -> BardGenerationConfig:
+        """Settings of ``generate``; what transformers and AutoModel assign becomes a ``BardGenerationConfig``."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        self._generation_config = BardGenerationConfig.from_generation_config(value)
 
     def forward(  # type: ignore[override]
         self,
@@ -151,11 +160,12 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """Read ``generation_config.json`` as a ``BardGenerationConfig`` (transformers' hook of ``from_pretrained``)."""
         del from_auto_class, from_pipeline, args
         if generation_config is not None:
-            self.generation_config = BardGenerationConfig.from_dict(generation_config.to_dict())
+            self.generation_config = generation_config
         elif pretrained_model_name_or_path is not None:
-            kwargs.pop("trust_remote_code", None)
+            # the other keyword arguments of from_pretrained override fields of the model's configuration
+            where = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
             try:
-                self.generation_config = BardGenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+                self.generation_config = BardGenerationConfig.from_pretrained(pretrained_model_name_or_path, **where)
             except OSError:
                 logger.info("%s has no generation_config.json; using the defaults", pretrained_model_name_or_path)
 

@@ -29,15 +29,17 @@ def golden_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_model() -> Callable[[str], BardVLForConditionalGeneration]:
-    """Loads a tiny checkpoint once; tests must leave it as they found it."""
+def golden_model() -> Callable[..., BardVLForConditionalGeneration]:
+    """Loads a tiny checkpoint, with configuration overrides, once; tests must leave it as they found it."""
     from nemo_bard import BardVLForConditionalGeneration
 
     loaded: dict[str, BardVLForConditionalGeneration] = {}
 
-    def load(name: str) -> BardVLForConditionalGeneration:
-        if name not in loaded:
-            loaded[name] = BardVLForConditionalGeneration.from_pretrained(GOLDEN / "models" / name).eval()
-        return loaded[name]
+    def load(name: str, **overrides: object) -> BardVLForConditionalGeneration:
+        key = f"{name} {sorted(overrides.items())}"
+        if key not in loaded:
+            folder = GOLDEN / "models" / name
+            loaded[key] = BardVLForConditionalGeneration.from_pretrained(folder, **overrides).eval()
+        return loaded[key]
 
     return load
