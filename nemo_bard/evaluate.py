@@ -81,7 +81,9 @@ class EvalResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
-        text = json.dumps({**self.summary(), "samples": [asdict(s) for s in self.samples]}, indent=2, ensure_ascii=False)
+        text = json.dumps(
+            {**self.summary(), "samples": [asdict(s) for s in self.samples]}, indent=2, ensure_ascii=False
+        )
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 

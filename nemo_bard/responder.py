@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -217,8 +218,6 @@ def read_model_type(path: str | Path) -> str:
     Raises:
         ValueError: If it is no folder, has no readable ``config.json``, or holds another architecture.
     """
-    import json
-
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist")
@@ -253,6 +252,14 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
+def check_checkpoint(path: str | Path, *, device: str | None = None, dtype: str = "auto") -> None:
+    """Raise what ``load_checkpoint`` would for these arguments, without loading anything."""
+    read_model_type(path)
+    check_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
 def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and processor of a folder.
 
@@ -265,19 +272,21 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str =
         The model in eval mode, and the processor.
 
     Raises:
-        ValueError: For a wrong folder, device or dtype.
+        ValueError: For a wrong or incomplete folder, device or dtype.
     """
-    model_type = read_model_type(path)
+    check_checkpoint(path, device=device, dtype=dtype)
     target = check_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
     from transformers import AutoProcessor
 
-    if model_type == "bard_vl":
+    if read_model_type(path) == "bard_vl":
         from nemo_bard.model import BardVLForConditionalGeneration as ModelClass
     else:
         from transformers import Qwen3VLForConditionalGeneration as ModelClass
-    model = ModelClass.from_pretrained(path, dtype=getattr(torch, dtype)).to(target).eval()
-    return model, AutoProcessor.from_pretrained(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = ModelClass.from_pretrained(path, dtype=getattr(torch, dtype))
+    except OSError as error:  # transformers' way to say that files are missing
+        raise ValueError(f"model folder {path} is not complete: {' '.join(str(error).split())}") from error
+    return model.to(target).eval(), processor
