@@ -88,9 +88,7 @@ def dense_mask(batch: Mapping[str, Any], context_attention: str) -> Tensor:
     nobody sees them.
     """
     order = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-    ids = TokenIds(
-        batch["sample_ids"], batch["branch_ids"], batch["block_ids"], order.expand_as(batch["input_ids"])
-    )
+    ids = TokenIds(batch["sample_ids"], batch["branch_ids"], batch["block_ids"], order.expand_as(batch["input_ids"]))
     allowed = attention_mask(ids, ids, context_attention=context_attention)
     idle = torch.diag_embed(batch["sample_ids"] == PADDING)
     return (allowed | idle).unsqueeze(1)
@@ -173,6 +171,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             raise ValueError(f"loss_fn must be one of nemo_bard.losses, got {type(self.loss_fn).__name__}")
         if self.processor is None:
             raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
+        # The exported generation_config.json must not keep the block size of the stage before.
+        model.generation_config.block_size = None
         samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
         if samples < batch and self.dist_env.is_main:
             logger.warning(
@@ -205,8 +205,15 @@ class PBMRecipe(FinetuneRecipeForVLM):
 
     def run_train_validation_loop(self) -> None:
         """Train; log lines pass above the progress bar."""
-        with logging_redirect_tqdm():
-            super().run_train_validation_loop()
+        try:
+            with logging_redirect_tqdm():
+                super().run_train_validation_loop()
+        except ValueError as error:
+            lines = str(error).strip().splitlines()
+            if not lines or "DataLoader worker" not in lines[0]:
+                raise
+            # A worker sends its traceback as the message; what a user needs is the last line.
+            raise ValueError(lines[-1].removeprefix("ValueError: ")) from error
 
     # ------------------ one optimizer step ------------------
     def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
@@ -255,9 +262,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """
         sampler, size = loader.sampler, len(loader.dataset)
         first = position * loader.batch_size
-        repeated = {
-            slot for slot in batch["slots"] if (first + slot) * sampler.num_replicas + sampler.rank >= size
-        }
+        repeated = {slot for slot in batch["slots"] if (first + slot) * sampler.num_replicas + sampler.rank >= size}
         return without_samples(batch, repeated)
 
     def _reduce(self, totals: StepTotals) -> StepTotals:

@@ -157,14 +157,14 @@ def validate_recipe(raw: Mapping[str, Any]) -> None:
     _check_noise(raw)
 
 
-def _check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+def _check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
-def _check_count(key: str, value: Any) -> None:
+def _check_count(key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
 
@@ -178,7 +178,9 @@ def _check_distributed(section: Mapping[str, Any]) -> None:
     _check_choice("distributed.strategy", strategy, ("fsdp2",))
     for key in SINGLE_SIZES:
         if section.get(key) not in (None, 1):
-            raise ValueError(f"distributed.{key} must be 1 (block masks are not split over ranks), got {section[key]!r}")
+            raise ValueError(
+                f"distributed.{key} must be 1 (block masks are not split over ranks), got {section[key]!r}"
+            )
 
 
 def _check_step_scheduler(section: Mapping[str, Any]) -> None:
@@ -233,7 +235,7 @@ def _check_model(section: Mapping[str, Any]) -> None:
         raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
 
 
-def _check_dataset(name: str, section: Any) -> None:
+def _check_dataset(name: str, section: object) -> None:
     if section is None:
         return
     if not isinstance(section, Mapping) or not section.get("_target_"):
@@ -281,7 +283,7 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
         )
 
 
-def _resolve(key: str, dotted: str) -> Any:
+def _resolve(key: str, dotted: str) -> Any:  # noqa: ANN401
     module, _, name = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

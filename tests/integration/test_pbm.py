@@ -1,0 +1,244 @@
+"""The PBM recipe for real: one and two ranks, interrupted and resumed, exported and learnt by heart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+STEPS = 8
+TRAIN = {
+    "step_scheduler.global_batch_size": 4,
+    "step_scheduler.local_batch_size": 2,
+    "step_scheduler.max_steps": STEPS,
+    "step_scheduler.ckpt_every_steps": 100,
+    "step_scheduler.val_every_steps": 4,
+    "dataloader.collate_fn.pad_to_multiple_of": 1,
+    "lr_scheduler.lr_warmup_steps": 1,
+    "optimizer.lr": 1e-3,
+    "model.block_size": 8,
+}
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def write_data(folder: Path, samples: int, *, mixed: bool) -> Path:
+    """Images of four squares and their colours; if ``mixed``, also text-only and two-turn, two-image samples."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = []
+    for index in range(samples):
+        names = [str(name) for name in generator.choice(list(COLOURS), 4)]
+        pixels = np.array([COLOURS[name] for name in names], dtype=np.uint8).reshape(2, 2, 3)
+        Image.fromarray(pixels.repeat(32, 0).repeat(32, 1)).save(folder / f"{index}.png")
+        answer = " ".join(names)
+        messages = [{"role": "user", "content": "<image>Name each colour"}, {"role": "assistant", "content": answer}]
+        images = [f"{index}.png"]
+        if mixed and index % 3 == 1:
+            messages, images = (
+                [{"role": "user", "content": "Say a number"}, {"role": "assistant", "content": "1" * index}],
+                [],
+            )
+        elif mixed and index % 3 == 2:
+            messages += [
+                {"role": "user", "content": "<image>and the first"},
+                {"role": "assistant", "content": names[0]},
+            ]
+            images *= 2
+        lines.append(json.dumps({"messages": messages, "images": images}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def drive(jobs: list[dict], folder: Path, *, ranks: int = 1) -> str:
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*start, str(HERE / "pbm_driver.py"), str(file)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def read_log(folder: Path, name: str = "training") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    from nemo_bard.export import convert
+    from nemo_bard.tiny import make_tiny_qwen3_vl
+
+    folder = tmp_path_factory.mktemp("start")
+    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
+    return folder / "start"
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """``one`` and ``two`` ranks on the same mixed data; ``cut`` is stopped mid-epoch by SIGTERM and goes on."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_data(folder / "data", 11, mixed=True)
+
+    def job(name, **changes):
+        where = {
+            "model.pretrained_model_name_or_path": str(start),
+            "dataset.path": str(data),
+            "validation_dataset": {"_target_": "nemo_bard.data.JsonlDataset", "path": str(data)},
+            "checkpoint.checkpoint_dir": str(folder / name),
+        }
+        return {"overrides": {**TRAIN, **where, **changes}}
+
+    log = drive(
+        [
+            job("one"),
+            {**job("cut"), "sigterm_at": 4},
+            job("cut"),
+            job("workers", **{"dataloader.num_workers": 2, "step_scheduler.local_batch_size": 4}),
+            job(
+                "uniform",
+                **{
+                    "noise.name": "uniform",
+                    "loss_fn": {"_target_": "nemo_bard.losses.MixturePathKL", "reduction": "sum"},
+                    "step_scheduler.max_steps": 3,
+                },
+            ),
+            job("short", **{"dataloader.collate_fn.max_length": 60, "step_scheduler.max_steps": 3}),
+        ],
+        folder,
+    )
+    drive(
+        [
+            job("two"),
+            job(
+                "uniform_two",
+                **{
+                    "noise.name": "uniform",
+                    "loss_fn": {"_target_": "nemo_bard.losses.MixturePathKL", "reduction": "sum"},
+                    "step_scheduler.max_steps": 3,
+                },
+            ),
+        ],
+        folder,
+        ranks=2,
+    )
+    return folder, log
+
+
+@pytest.mark.parametrize(("one", "two", "steps"), [("one", "two", STEPS), ("uniform", "uniform_two", 3)])
+def test_two_ranks_give_the_loss_and_gradient_of_one(runs, one, two, steps):
+    """11 samples with text-only ones: ranks differ in images, and the last step of an epoch has repeated samples."""
+    folder, _ = runs
+    first, second = read_log(folder / one), read_log(folder / two)
+    assert len(first) == len(second) == steps
+    assert [line["num_samples"] for line in first[:3]] == [4, 4, 3]
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+        for key in ("num_samples", "num_loss_tokens", "num_tokens_per_step"):
+            assert a[key] == b[key], (a["step"], key)
+
+
+def test_validation_is_the_same_on_two_ranks_and_counts_every_sample_once(runs):
+    folder, _ = runs
+    first, second = read_log(folder / "one", "validation"), read_log(folder / "two", "validation")
+    assert len(first) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        assert a["num_samples"] == b["num_samples"] == 11
+    assert first[0]["num_label_tokens"] == first[1]["num_label_tokens"], "the noise of validation never changes"
+
+
+def test_interrupted_run_goes_on_with_the_losses_of_the_uninterrupted_one(runs):
+    """SIGTERM in step 4, which is the second of three in epoch 1; the rest is another run from its checkpoint."""
+    folder, _ = runs
+    whole, cut = read_log(folder / "one"), read_log(folder / "cut")
+    assert [line["step"] for line in cut] == list(range(STEPS))
+    assert [line["epoch"] for line in cut] == [0, 0, 0, 1, 1, 1, 2, 2]
+    for a, b in zip(whole, cut, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6), a["step"]
+        assert a["lr"] == b["lr"]
+
+
+def test_worker_processes_and_microbatches_change_nothing(runs):
+    folder, _ = runs
+    for a, b in zip(read_log(folder / "one"), read_log(folder / "workers"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
+
+
+def test_dropped_samples_are_counted_and_logged(runs):
+    folder, log = runs
+    lines = read_log(folder / "short")
+    dropped = sum(line["num_dropped"] for line in lines)
+    assert dropped > 0
+    assert sum(line["num_samples"] for line in lines) == 11 - dropped
+    assert "too long samples dropped" in log
+
+
+def test_console_shows_a_progress_bar(runs):
+    _, log = runs
+    assert f"{STEPS}/{STEPS}" in log
+    assert "loss=" in log
+
+
+def test_export_loads_with_the_block_size_of_the_run(runs):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from nemo_bard import BardGenerationConfig, BardVLForConditionalGeneration
+
+    folder = runs[0] / "one" / "LATEST" / "model" / "consolidated"
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model) is BardVLForConditionalGeneration
+    assert model.config.block_size == TRAIN["model.block_size"]
+    assert model.dtype == torch.float32
+    assert isinstance(model.generation_config, BardGenerationConfig)
+    assert model.generation_config.block_size is None
+    processor = AutoProcessor.from_pretrained(folder)
+    assert model.config.assistant_header_ids == processor.tokenizer("<|im_start|>assistant\n").input_ids
+    assert (folder / "generation_config.json").is_file()
+
+
+def test_own_images_are_learnt_by_heart(start, tmp_path):
+    """A user's JSONL through ``pbm.yaml`` on the command line until ``generate`` gives the answers back."""
+    from transformers import AutoProcessor
+
+    from nemo_bard import BardVLForConditionalGeneration
+    from nemo_bard.data import JsonlDataset, split_last_response
+
+    data = write_data(tmp_path / "data", 12, mixed=False)
+    command = [
+        *(sys.executable, "-m", "nemo_bard.cli", "finetune", "--config", "recipes/pbm.yaml"),
+        f"model.pretrained_model_name_or_path={start}",
+        f"dataset.path={data}",
+        "step_scheduler.global_batch_size=12",
+        "step_scheduler.local_batch_size=12",
+        "step_scheduler.max_steps=300",
+        "optimizer.lr=0.003",
+        f"checkpoint.checkpoint_dir={tmp_path / 'out'}",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1], check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "out" / "LATEST" / "model" / "consolidated"
+    model, processor = BardVLForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model.eval()
+    for item in JsonlDataset(data):
+        prompt, answer = split_last_response(item["conversation"])
+        batch = processor.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        ids = model.generate(batch, max_new_tokens=24, confidence_threshold=0.9)
+        assert processor.tokenizer.batch_decode(ids, skip_special_tokens=True) == [answer]

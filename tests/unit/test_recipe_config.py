@@ -1,0 +1,147 @@
+"""What a recipe file may say: every wrong key or value is one line that names it."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from nemo_bard.paths import recipes_dir
+from nemo_bard.train import recipe_config
+from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """``recipes/pbm.yaml`` with a checkpoint folder and a data set."""
+    recipe = yaml.safe_load((recipes_dir() / "pbm.yaml").read_text())
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text(json.dumps({"model_type": "bard_vl"}))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    recipe["model"]["pretrained_model_name_or_path"] = str(tmp_path / "start")
+    recipe["dataset"]["path"] = str(tmp_path / "train.jsonl")
+    return recipe
+
+
+def changed(raw, dotted, value):
+    raw = copy.deepcopy(raw)
+    *parents, leaf = dotted.split(".")
+    node = raw
+    for name in parents:
+        node = node.setdefault(name, {})
+    if value is ...:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return raw
+
+
+def test_shipped_recipe_is_accepted(raw):
+    validate_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("nose", {}, "unknown recipe key nose; did you mean noise?"),
+        ("step_scheduler.global_batchsize", 4, "did you mean step_scheduler.global_batch_size?"),
+        ("model.block_sise", 4, "unknown recipe key model.block_sise; did you mean model.block_size?"),
+        ("dataset.pathh", "x", "unknown recipe key dataset.pathh; did you mean dataset.path?"),
+        ("dataloader.collate_fn.max_len", 9, "did you mean dataloader.collate_fn.max_length?"),
+        ("loss_fn.reductoin", "sum", "did you mean loss_fn.reduction?"),
+        ("noise.hihg", 1.0, "unknown recipe key noise.hihg; did you mean noise.high?"),
+        ("validation_noise", {"nam": "mask"}, "unknown recipe key validation_noise.nam"),
+        ("noise.name", "maks", "unknown noise 'maks'. Did you mean 'mask'?"),
+        ("noise.low", 0.0, "0 < low <= high <= 1"),
+        ("noise.low", "x", "noise.low must be a number"),
+        ("noise.num_random_ids", 0, "noise.num_random_ids must be an integer >= 1"),
+        ("model", ..., "the recipe needs a section 'model'"),
+        ("model.block_size", 0, "model.block_size must be an integer >= 1, got 0"),
+        ("model.attn_implementation", "eager", "must be one of sdpa, bard, got 'eager'"),
+        ("model.pretrained_model_name_or_path", None, "must name a checkpoint folder"),
+        ("model.pretrained_model_name_or_path", "/no/such/folder", "/no/such/folder is not a folder"),
+        ("dataset.path", None, "dataset.path must be set, got None"),
+        ("dataset.path", "/no/such.jsonl", "dataset.path: /no/such.jsonl does not exist"),
+        ("dataset._target_", "nemo_bard.data.Nothing", "nemo_bard.data.Nothing cannot be imported"),
+        ("distributed.strategy", "megatron_fsdp", "use fsdp2"),
+        ("distributed.strategy", "fdsp2", "did you mean 'fsdp2'?"),
+        ("distributed.tp_size", 2, "distributed.tp_size must be 1"),
+        ("distributed.cp_size", 2, "distributed.cp_size must be 1"),
+        ("distributed.pp_size", 2, "distributed.pp_size must be 1"),
+        ("dist_env.backend", "mpi", "dist_env.backend must be one of auto, nccl, gloo, got 'mpi'"),
+        ("compute_dtype", "float16", "compute_dtype must be one of"),
+        ("step_scheduler.local_batch_size", 3, "global_batch_size=256 must be divisible by"),
+        ("step_scheduler.global_batch_size", 0, "global_batch_size must be an integer >= 1"),
+        ("step_scheduler.max_steps", None, "set step_scheduler.max_steps or step_scheduler.num_epochs"),
+        ("packed_sequence", {"pack_size": 9}, "packed_sequence is not supported"),
+        ("loss_fn._target_", "nemo_bard.losses.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
+        ("loss_fn._target_", None, "loss_fn must have _target_"),
+        ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
+    ],
+)
+def test_wrong_recipe_is_one_line_that_names_the_key(raw, key, value, message):
+    with pytest.raises(ValueError, match="^[^\n]*$") as caught:
+        validate_recipe(changed(raw, key, value))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "qwen3_vl"}', "nemo-bard convert"),
+        ('{"model_type": "llama"}', "model_type 'llama', allowed is 'bard_vl'"),
+        ("[]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+        (None, "has no config.json"),
+    ],
+)
+def test_folder_that_is_no_start_point_is_refused(raw, tmp_path, config, message):
+    file = tmp_path / "start" / "config.json"
+    file.unlink()
+    if config is not None:
+        file.write_text(config)
+    with pytest.raises(ValueError, match="^model.pretrained_model_name_or_path: ") as caught:
+        validate_recipe(raw)
+    assert message in str(caught.value)
+
+
+def test_uniform_noise_goes_with_both_losses(raw):
+    uniform = changed(raw, "noise.name", "uniform")
+    validate_recipe(uniform)
+    validate_recipe(changed(uniform, "loss_fn._target_", "nemo_bard.losses.MixturePathKL"))
+
+
+def test_noise_settings_have_the_published_defaults():
+    assert NoiseSettings.from_dict(None) == NoiseSettings(name="mask", low=0.001, high=1.0, per="block")
+
+
+def test_checking_a_recipe_imports_nothing_heavy():
+    code = "import sys, nemo_bard.train.recipe_config; print([m for m in ('transformers', 'nemo_automodel') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_known_keys_are_those_of_the_installed_automodel():
+    from nemo_automodel import NeMoAutoModelForImageTextToText
+    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
+    from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
+    from nemo_automodel.components.distributed.config import FSDP2Config
+    from nemo_automodel.components.optim.optimizer import LRSchedulerConfig
+    from nemo_automodel.components.training.step_scheduler import StepSchedulerConfig
+
+    known = recipe_config.SECTION_KEYS
+
+    def fields(cls):
+        return {field.name for field in dataclasses.fields(cls)}
+
+    assert set(known["step_scheduler"]) == fields(StepSchedulerConfig) | {"local_batch_size"}
+    assert set(known["lr_scheduler"]) == fields(LRSchedulerConfig) | {"_target_"}
+    assert set(known["checkpoint"]) == fields(CheckpointingConfig) | {"restore_from"}
+    assert fields(FSDP2Config) <= set(known["distributed"])
+    assert set(known["dataloader"]) - {"_target_", "collate_fn"} <= fields(VlmDataloaderConfig)
+    accepted = inspect.signature(NeMoAutoModelForImageTextToText.from_pretrained).parameters
+    assert {"attn_implementation", "torch_dtype", "use_liger_kernel", "use_sdpa_patching"} <= set(accepted)
