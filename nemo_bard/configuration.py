@@ -24,11 +24,11 @@ QWEN3_VL_ASSISTANT_HEADER_IDS = (151644, 77091, 198)
 
 
 class BardVLConfig(Qwen3VLConfig):
-    """Qwen3-VL's configuration plus what block diffusion needs; weights and sub-configs keep their names.
+    r"""Qwen3-VL's configuration plus what block diffusion needs; weights and sub-configs keep their names.
 
     The four fields below (and ``eos_token_id``) are the only home of these values: training and decoding read them from
     here. For a checkpoint with Qwen3-VL's vocabulary (151,936 rows) that lacks them, such as a released Bard-VL one,
-    the token ids default to Qwen3-VL's: mask 151671, ``<|im_end|>`` 151645, ``<|im_start|>assistant\\n``.
+    the token ids default to Qwen3-VL's: mask 151671, ``<|im_end|>`` 151645, ``<|im_start|>assistant\n``.
 
     Raises:
         ValueError: If ``block_size`` < 1, ``context_attention`` is unknown, or ``mask_token_id`` lies outside the embedding.

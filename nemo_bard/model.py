@@ -206,7 +206,10 @@ def check_checkpoint_folder(path: str | os.PathLike) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{folder} has no config.json; a Qwen3-VL or Bard-VL checkpoint folder is needed")
-    model_type = json.loads(config_file.read_text()).get("model_type")
+    try:
+        model_type = json.loads(config_file.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
     if model_type not in SOURCE_MODEL_TYPES:
         raise ValueError(f"{config_file}: model_type is {model_type!r}, allowed are {', '.join(SOURCE_MODEL_TYPES)}")
 
