@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("nemo_bard.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
     "generate": ("nemo_bard.commands.generate", "answer a prompt, or a file of prompts"),
     "evaluate": ("nemo_bard.commands.evaluate", "score a checkpoint on a data set, with its speed"),
+    "calibrate": ("nemo_bard.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),
     "doctor": ("nemo_bard.commands.doctor", "check the installation and say how to repair it"),
 }
 """Command name -> (module, one line of help)."""
