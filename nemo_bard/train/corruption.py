@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_bard.collate import IGNORE_INDEX
-from nemo_bard.layout import NOISY
+from nemo_bard.layout import NOISY, PADDING
 from nemo_bard.noise import make_noise, sample_generator
 from nemo_bard.train.recipe_config import NoiseSettings
 
@@ -86,14 +86,14 @@ def loss_weight(t: Tensor, batch: dict[str, Any]) -> Tensor:
 
 
 def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]:
-    """Take samples out of the loss but leave their tokens in place.
+    """Turn samples into row padding.
 
     Args:
         batch: What the collator returned; not modified.
         repeated: Slots (places of samples in the microbatch, as in ``batch["slots"]``) that must not count.
 
     Returns:
-        The batch, in which those samples are supervised nowhere and not among ``num_samples``.
+        The batch, in which the tokens of those samples belong to nobody and ``num_samples`` leaves them out.
     """
     out = [number for number, slot in enumerate(batch["slots"]) if slot in repeated]
     if not out:
@@ -106,6 +106,7 @@ def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]
     return {
         **batch,
         "labels": batch["labels"].masked_fill(gone, IGNORE_INDEX),
+        "sample_ids": batch["sample_ids"].masked_fill(gone, PADDING),
         "response_ids": batch["response_ids"].masked_fill(gone, -1),
         "noise_keys": [batch["noise_keys"][number] for number in keep],
         "slots": [batch["slots"][number] for number in keep],

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from nemo_automodel.components.distributed.config import DistributedSetup
-from nemo_automodel.components.distributed.utils import get_sync_ctx
+from nemo_automodel.components.distributed.utils import FirstRankPerNode, get_sync_ctx
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM, _move_to_device
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from nemo_bard.configuration import check_mask_token_id
 from nemo_bard.layout import PADDING, TokenIds, attention_mask
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
@@ -124,7 +125,17 @@ class PBMRecipe(FinetuneRecipeForVLM):
         )
         self.seed = int(self.cfg.get("seed", 42))
         self._fill_defaults()
-        super().setup()
+        upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
+        upstream.addFilter(told)
+        try:
+            super().setup()
+        except SystemExit as stop:
+            # Upstream ends the process, with a traceback, when a data set cannot be built (FirstRankPerNode).
+            if isinstance(stop.__cause__, ValueError):
+                raise stop.__cause__ from None
+            raise
+        finally:
+            upstream.removeFilter(told)
         self._check_built()
         for loader in (self.dataloader, self.val_dataloader):
             if loader is not None:
@@ -190,6 +201,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """How many ids random replacements are drawn from."""
         vocabulary, mask = self._model_config.text_config.vocab_size, self._model_config.mask_token_id
         tokenizer = self.processor.tokenizer
+        check_mask_token_id(mask, vocabulary)
         if mask in tokenizer.get_vocab().values() and mask not in tokenizer.all_special_ids:
             raise ValueError(
                 f"mask_token_id {mask} is the text token {tokenizer.convert_ids_to_tokens(mask)!r}; choose a row of the"
@@ -365,6 +377,13 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
             },
         )
+
+
+class _UserErrors(logging.Filter):
+    """Drops log records about a ValueError, which is raised and told as one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], ValueError))
 
 
 def _section(cfg: Any, key: str) -> dict[str, Any] | None:  # noqa: ANN401

@@ -146,7 +146,11 @@ def validate_recipe(raw: Mapping[str, Any]) -> None:
         raise ValueError("packed_sequence is not supported by this recipe: its collator would be replaced; remove it")
     _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
+    seed = raw.get("seed", 42)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
     _check_distributed(raw["distributed"])
+    _check_optimizer(raw["optimizer"])
     _check_step_scheduler(raw["step_scheduler"])
     _check_model(raw["model"])
     for name in ("dataset", "validation_dataset"):
@@ -181,6 +185,19 @@ def _check_distributed(section: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"distributed.{key} must be 1 (block masks are not split over ranks), got {section[key]!r}"
             )
+
+
+def _check_optimizer(section: Mapping[str, Any]) -> None:
+    target = section.get("_target_")
+    if not target:
+        raise ValueError("optimizer must have _target_, such as torch.optim.AdamW")
+    if isinstance(target, str) and target.startswith("torch.optim."):
+        known = inspect.signature(_resolve("optimizer._target_", target)).parameters
+        check_keys("optimizer", section, ["_target_", "param_group_overrides", *known])
+    for key in ("lr", "weight_decay", "eps"):
+        value = section.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"optimizer.{key} must be a number >= 0, got {value!r}")
 
 
 def _check_step_scheduler(section: Mapping[str, Any]) -> None:

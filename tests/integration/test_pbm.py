@@ -29,8 +29,8 @@ TRAIN = {
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
 
-def write_data(folder: Path, samples: int, *, mixed: bool) -> Path:
-    """Images of four squares and their colours; if ``mixed``, also text-only and two-turn, two-image samples."""
+def write_data(folder: Path, samples: int) -> Path:
+    """Images of four squares and their colours, text-only samples, and two-turn samples with two images, in turns."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     lines = []
@@ -41,12 +41,12 @@ def write_data(folder: Path, samples: int, *, mixed: bool) -> Path:
         answer = " ".join(names)
         messages = [{"role": "user", "content": "<image>Name each colour"}, {"role": "assistant", "content": answer}]
         images = [f"{index}.png"]
-        if mixed and index % 3 == 1:
+        if index % 3 == 1:
             messages, images = (
                 [{"role": "user", "content": "Say a number"}, {"role": "assistant", "content": "1" * index}],
                 [],
             )
-        elif mixed and index % 3 == 2:
+        elif index % 3 == 2:
             messages += [
                 {"role": "user", "content": "<image>and the first"},
                 {"role": "assistant", "content": names[0]},
@@ -89,7 +89,7 @@ def start(tmp_path_factory) -> Path:
 def runs(start, tmp_path_factory):
     """``one`` and ``two`` ranks on the same mixed data; ``cut`` is stopped mid-epoch by SIGTERM and goes on."""
     folder = tmp_path_factory.mktemp("runs")
-    data = write_data(folder / "data", 11, mixed=True)
+    data = write_data(folder / "data", 11)
 
     def job(name, **changes):
         where = {
@@ -105,6 +105,8 @@ def runs(start, tmp_path_factory):
             job("one"),
             {**job("cut"), "sigterm_at": 4},
             job("cut"),
+            {**job("edge"), "sigterm_at": 5},
+            job("edge"),
             job("workers", **{"dataloader.num_workers": 2, "step_scheduler.local_batch_size": 4}),
             job(
                 "uniform",
@@ -114,7 +116,7 @@ def runs(start, tmp_path_factory):
                     "step_scheduler.max_steps": 3,
                 },
             ),
-            job("short", **{"dataloader.collate_fn.max_length": 60, "step_scheduler.max_steps": 3}),
+            job("short", **{"dataloader.collate_fn.max_length": 48, "step_scheduler.max_steps": 3}),
         ],
         folder,
     )
@@ -160,10 +162,11 @@ def test_validation_is_the_same_on_two_ranks_and_counts_every_sample_once(runs):
     assert first[0]["num_label_tokens"] == first[1]["num_label_tokens"], "the noise of validation never changes"
 
 
-def test_interrupted_run_goes_on_with_the_losses_of_the_uninterrupted_one(runs):
-    """SIGTERM in step 4, which is the second of three in epoch 1; the rest is another run from its checkpoint."""
+@pytest.mark.parametrize("name", ["cut", "edge"])
+def test_interrupted_run_goes_on_with_the_losses_of_the_uninterrupted_one(runs, name):
+    """SIGTERM in step 4 (``cut``) or 5 (``edge``), the second and third of three in epoch 1; then another run."""
     folder, _ = runs
-    whole, cut = read_log(folder / "one"), read_log(folder / "cut")
+    whole, cut = read_log(folder / "one"), read_log(folder / name)
     assert [line["step"] for line in cut] == list(range(STEPS))
     assert [line["epoch"] for line in cut] == [0, 0, 0, 1, 1, 1, 2, 2]
     for a, b in zip(whole, cut, strict=True):
@@ -183,7 +186,7 @@ def test_dropped_samples_are_counted_and_logged(runs):
     folder, log = runs
     lines = read_log(folder / "short")
     dropped = sum(line["num_dropped"] for line in lines)
-    assert dropped > 0
+    assert 0 < dropped < 11
     assert sum(line["num_samples"] for line in lines) == 11 - dropped
     assert "too long samples dropped" in log
 
@@ -218,14 +221,23 @@ def test_own_images_are_learnt_by_heart(start, tmp_path):
     from nemo_bard import BardVLForConditionalGeneration
     from nemo_bard.data import JsonlDataset, split_last_response
 
-    data = write_data(tmp_path / "data", 12, mixed=False)
+    lines = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        turns = [
+            {"role": "user", "content": "<image>Which colour?"},
+            {"role": "assistant", "content": f"It is {name}."},
+        ]
+        lines.append(json.dumps({"messages": turns, "images": [f"{name}.png"]}))
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(lines) + "\n")
     command = [
         *(sys.executable, "-m", "nemo_bard.cli", "finetune", "--config", "recipes/pbm.yaml"),
         f"model.pretrained_model_name_or_path={start}",
         f"dataset.path={data}",
-        "step_scheduler.global_batch_size=12",
-        "step_scheduler.local_batch_size=12",
-        "step_scheduler.max_steps=300",
+        "step_scheduler.global_batch_size=4",
+        "step_scheduler.local_batch_size=4",
+        "step_scheduler.max_steps=150",
         "optimizer.lr=0.003",
         f"checkpoint.checkpoint_dir={tmp_path / 'out'}",
     ]

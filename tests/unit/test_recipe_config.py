@@ -80,6 +80,10 @@ def test_shipped_recipe_is_accepted(raw):
         ("packed_sequence", {"pack_size": 9}, "packed_sequence is not supported"),
         ("loss_fn._target_", "nemo_bard.losses.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
+        ("optimizer._target_", None, "optimizer must have _target_"),
+        ("optimizer.beta", 0.9, "unknown recipe key optimizer.beta; did you mean optimizer.betas?"),
+        ("optimizer.lr", "2e-5x", "optimizer.lr must be a number >= 0, got '2e-5x'"),
+        ("seed", "abc", "seed must be an integer, got 'abc'"),
         ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
     ],
 )
