@@ -287,6 +287,8 @@ def calibrate(
             100 / one.num_samples,
             goal.tolerance,
         )
+    if not any(point.score for point in points):
+        logger.warning("every setting has %s 0: there is no accuracy to keep, only speed was compared", one.metric)
     chosen, reference = choose(points, goal)
     return Calibration(
         points=points,

@@ -242,11 +242,22 @@ def evaluate(
                         tpf=answer.tpf,
                     )
                 )
+            _check_names(samples)
             bar.update(len(items))
             metric = next(iter(samples[0].scores))
             mean = sum(sample.scores[metric] for sample in samples) / len(samples)
             bar.set_postfix({metric: f"{mean:.3f}"}, refresh=False)
     return _aggregate(samples, forwards, seconds, {"batch_size": batch_size, **_settings(model, responder)})
+
+
+def _check_names(samples: list[SampleResult]) -> None:
+    names = list(samples[0].scores)
+    for sample in samples:
+        if list(sample.scores) != names:
+            raise ValueError(
+                f"the scorer must return the same names for every sample: {names} and, for sample"
+                f" {sample.sample_index}, {list(sample.scores)}"
+            )
 
 
 def _settings(model: Any, responder: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -270,12 +281,6 @@ def _settings(model: Any, responder: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _aggregate(samples: list[SampleResult], forwards: int, seconds: float, settings: dict[str, Any]) -> EvalResult:
     names = list(samples[0].scores)
-    for sample in samples:
-        if list(sample.scores) != names:
-            raise ValueError(
-                f"the scorer must return the same names for every sample: {names} and, for sample"
-                f" {sample.sample_index}, {list(sample.scores)}"
-            )
     tokens = sum(sample.num_tokens for sample in samples)
     denoising = sum(sample.denoising_forwards for sample in samples)
     commits = sum(sample.commit_forwards for sample in samples)

@@ -173,7 +173,8 @@ def answer_file(args: argparse.Namespace, config: BardGenerationConfig) -> int:
 def run_key(args: argparse.Namespace, config: BardGenerationConfig) -> str:
     """Return what the answers depend on beside the prompt."""
     weights = sorted((file.name, file.stat().st_size) for file in args.model.glob("*.safetensors"))
-    settings = {name: getattr(config, name) for name in options.DECODING if name not in ("decode_path",)}
+    same_ids = ("decode_path", "cache_implementation", "compile_step")  # these change how, not what
+    settings = {name: getattr(config, name) for name in options.DECODING if name not in same_ids}
     seed = args.seed if config.temperature > 0 else None
     return json.dumps([str(args.model.resolve()), weights, settings, args.dtype, seed], sort_keys=True, default=str)
 

@@ -35,8 +35,11 @@ DECODING: dict[str, tuple[Any, str]] = {
     "bos_token_id": (int, "not used by block diffusion"),
     "decode_path": (str, "fast, or plain: the slow path that serves as reference"),
     "cache_implementation": (str, "in_place or static"),
+    "compile_step": (bool, "compile the block forward; needs the static cache"),
 }
-"""Settings of ``BardGenerationConfig`` that are flags: name -> (type, help); what a call returns is no flag."""
+"""Settings of ``BardGenerationConfig`` that are flags: name -> (type, help)."""
+RETURN_SETTINGS = ("return_dict_in_generate", "return_step_stats", "output_history")
+"""Settings that say what a call of ``generate`` returns; no flags."""
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
