@@ -401,15 +401,8 @@ def pareto(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Poi
 
 
 def draw_curve(calibration: Calibration, path: str | Path) -> None:
-    """Draw score over tokens per second and over tokens per forward, with the chosen point marked.
-
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("drawing the curve needs matplotlib; run `pip install matplotlib`") from error
+    """Draw score over tokens per second and over tokens per forward, with the chosen point marked (needs matplotlib)."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -12,11 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_bard.checkpoint import check_checkpoint
 from nemo_bard.configuration import BardGenerationConfig, as_id_list
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,27 +210,6 @@ def make_responder(
     return AutoregressiveResponder(model, processor, generation_config.max_new_tokens)
 
 
-def read_model_type(path: str | Path) -> str:
-    """Return ``model_type`` of a checkpoint folder.
-
-    Raises:
-        ValueError: If it is no folder, has no readable ``config.json``, or holds another architecture.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model folder {folder} has no config.json; a BARD or Qwen3-VL checkpoint folder is needed")
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a model configuration ({error})") from error
-    if model_type not in ("bard_vl", "qwen3_vl"):
-        raise ValueError(f"{file}: model_type is {model_type!r}, allowed are bard_vl, qwen3_vl")
-    return model_type
-
-
 def check_device(name: str | None) -> torch.device:
     """Return the device to run on: ``name``, or CUDA where there is one.
 
@@ -252,21 +229,13 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
-def check_checkpoint(path: str | Path, *, device: str | None = None, dtype: str = "auto") -> None:
-    """Raise what ``load_checkpoint`` would for these arguments, without loading anything."""
-    read_model_type(path)
-    check_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-
-
 def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and processor of a folder.
 
     Args:
         path: A BARD folder, or a Qwen3-VL folder, which is loaded as transformers' autoregressive model.
         device: Where to put it; CUDA where there is one if None.
-        dtype: One of ``DTYPES``; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+        dtype: One of ``nemo_bard.checkpoint.DTYPES``; ``auto`` is bfloat16 on CUDA and float32 elsewhere.
 
     Returns:
         The model in eval mode, and the processor.
@@ -274,13 +243,13 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str =
     Raises:
         ValueError: For a wrong or incomplete folder, device or dtype.
     """
-    check_checkpoint(path, device=device, dtype=dtype)
+    model_type = check_checkpoint(path, dtype)
     target = check_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
     from transformers import AutoProcessor
 
-    if read_model_type(path) == "bard_vl":
+    if model_type == "bard_vl":
         from nemo_bard.model import BardVLForConditionalGeneration as ModelClass
     else:
         from transformers import Qwen3VLForConditionalGeneration as ModelClass

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.checkpoint import check_checkpoint
 from nemo_bard.commands import options
 from nemo_bard.commands.evaluate import DATA_HELP, SCORER_HELP
 
@@ -78,15 +80,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Check the input, then load, sweep, print and write."""
+    check_checkpoint(args.model, args.dtype, block_diffusion=True)
+    if find_spec("matplotlib") is None:
+        raise ValueError("drawing the curve needs matplotlib; run `pip install matplotlib`")
     from nemo_bard import calibrate
     from nemo_bard.evaluate import load_dataset, resolve_scorer
-    from nemo_bard.responder import check_checkpoint, load_checkpoint, read_model_type
+    from nemo_bard.responder import load_checkpoint
 
-    check_checkpoint(args.model, device=args.device, dtype=args.dtype)
-    if read_model_type(args.model) != "bard_vl":
-        raise ValueError(f"{args.model} is an autoregressive Qwen3-VL folder; there is nothing to calibrate")
     goal = calibrate.Goal(tolerance=args.tolerance, objective=args.objective, baseline=args.baseline)
-    base = options.read_generation_config(args.model, {})
+    base = options.read_generation_config(args.model, {}, device=args.device)
     trained = json.loads((args.model / "config.json").read_text(encoding="utf-8")).get("block_size")
     sizes = args.block_sizes
     if sizes is None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_bard.checkpoint import check_checkpoint
 from nemo_bard.commands import options
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Check the input, then load, evaluate, print and write."""
+    check_checkpoint(args.model, args.dtype)
     from nemo_bard.evaluate import evaluate, load_dataset, resolve_scorer
-    from nemo_bard.responder import check_checkpoint, load_checkpoint
+    from nemo_bard.responder import load_checkpoint
 
-    check_checkpoint(args.model, device=args.device, dtype=args.dtype)
-    config = options.read_generation_config(args.model, options.given_settings(args))
+    config = options.read_generation_config(args.model, options.given_settings(args), device=args.device)
     if args.output is not None:
         options.writable_file(args.output, overwrite=args.overwrite)
     dataset = load_dataset(args.data, limit=args.limit)

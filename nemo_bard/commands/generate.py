@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.checkpoint import check_checkpoint
 from nemo_bard.commands import options
 
 if TYPE_CHECKING:
@@ -55,15 +56,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked without the model, then load it and answer."""
-    check_combination(args)
-    from nemo_bard.responder import check_checkpoint, read_model_type
+    """Check everything that can be checked without the model, the cheapest first, then load it and answer."""
+    from nemo_bard.batch import make_conversation, open_media
 
-    check_checkpoint(args.model, device=args.device, dtype=args.dtype)
-    if read_model_type(args.model) != "bard_vl":
-        raise ValueError(f"{args.model} is an autoregressive Qwen3-VL folder; make a BARD one with `nemo-bard convert`")
-    config = options.read_generation_config(args.model, options.given_settings(args))
-    return answer_file(args, config) if args.batch is not None else answer_one(args, config)
+    check_combination(args)
+    check_checkpoint(args.model, args.dtype, block_diffusion=True)
+    if args.batch is None:
+        conversation = make_conversation(args.prompt, images=args.image, videos=args.video, system=args.system)
+        check_media(conversation)
+        conversation = open_media(conversation)
+    config = options.read_generation_config(args.model, options.given_settings(args), device=args.device)
+    return answer_file(args, config) if args.batch is not None else answer_one(args, config, conversation)
 
 
 def check_combination(args: argparse.Namespace) -> None:
@@ -76,6 +79,7 @@ def check_combination(args: argparse.Namespace) -> None:
     else:
         if args.output is None:
             raise ValueError("--batch needs --output FILE")
+        check_batch_paths(args)
         unfit = [
             (f"--{name}", getattr(args, name)) for name in ("image", "video", "stream", "stats", "visualize", "system")
         ]
@@ -89,16 +93,22 @@ def check_combination(args: argparse.Namespace) -> None:
         options.writable_file(args.visualize, overwrite=args.overwrite)
 
 
-def answer_one(args: argparse.Namespace, config: BardGenerationConfig) -> int:
+def check_batch_paths(args: argparse.Namespace) -> None:
+    """Raise ValueError unless the prompts exist and the answers can be written beside them."""
+    if not args.batch.is_file():
+        raise ValueError(f"prompt file {args.batch} does not exist")
+    if args.output.resolve() == args.batch.resolve():
+        raise ValueError(f"--output {args.output} is the file of the prompts")
+    if args.root_dir is not None and not args.root_dir.is_dir():
+        raise ValueError(f"--root-dir {args.root_dir} is not a folder")
+    options.writable_file(args.output, overwrite=True)
+
+
+def answer_one(args: argparse.Namespace, config: BardGenerationConfig, conversation: list[dict[str, Any]]) -> int:
     """Answer ``--prompt``."""
-    from nemo_bard.batch import make_conversation, media_of, open_media
-    from nemo_bard.responder import answers_of, encode_prompts, load_checkpoint
-
-    conversation = make_conversation(args.prompt, images=args.image, videos=args.video, system=args.system)
-    _check_video_decoder(media_of(conversation))
-    conversation = open_media(conversation)
-
     import torch
+
+    from nemo_bard.responder import answers_of, encode_prompts, load_checkpoint
 
     torch.manual_seed(args.seed)
     model, processor = load_checkpoint(args.model, device=args.device, dtype=args.dtype)
@@ -135,8 +145,11 @@ def make_streamer(tokenizer: Any) -> Any:  # noqa: ANN401
     return kind(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _check_video_decoder(media: Any) -> None:  # noqa: ANN401
-    for item in media:
+def check_media(conversation: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a file that is missing or no image, and for a video that nothing installed can read."""
+    from nemo_bard.batch import media_of
+
+    for item in media_of(conversation):
         item.check()
         if item.kind == "video":
             from nemo_bard.video import find_decoder
@@ -146,16 +159,12 @@ def _check_video_decoder(media: Any) -> None:  # noqa: ANN401
 
 def answer_file(args: argparse.Namespace, config: BardGenerationConfig) -> int:
     """Answer ``--batch`` into ``--output``."""
-    from nemo_bard.batch import finished_lines, media_of, read_prompts
+    from nemo_bard.batch import finished_lines, read_prompts
     from nemo_bard.responder import BlockDiffusionResponder, load_checkpoint
 
-    if args.output.resolve() == args.batch.resolve():
-        raise ValueError(f"--output {args.output} is the file of the prompts")
-    if args.root_dir is not None and not args.root_dir.is_dir():
-        raise ValueError(f"--root-dir {args.root_dir} is not a folder")
-    options.writable_file(args.output, overwrite=True)
     prompts = read_prompts(args.batch, run_key(args, config), root_dir=args.root_dir)
-    _check_video_decoder(media for prompt in prompts for media in media_of(prompt.conversation))
+    for prompt in prompts:
+        check_media(prompt.conversation)
     done, size = (0, 0) if args.overwrite else finished_lines(args.output, prompts)
     if done == len(prompts):
         sys.stdout.write(f"{args.output}: all {done} lines were finished before\n")

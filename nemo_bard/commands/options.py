@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from nemo_bard.configuration import BardGenerationConfig
@@ -55,7 +55,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--device``, ``--dtype``."""
+    """Add ``--model``, ``--device``, ``--dtype``, and report wrong words as every other error: in one line."""
+    parser.error = _raise_error
     parser.add_argument("--model", required=True, metavar="DIR", type=Path, help="checkpoint folder")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     parser.add_argument(
@@ -63,19 +64,27 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _raise_error(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the decoding settings that are on the command line."""
     return {name: getattr(args, name) for name in DECODING if getattr(args, name) is not None}
 
 
-def read_generation_config(folder: Path, overrides: dict[str, Any]) -> BardGenerationConfig:
-    """Return the settings of a model folder with ``overrides``, without loading the model.
+def read_generation_config(
+    folder: Path, overrides: dict[str, Any], *, device: str | None = None
+) -> BardGenerationConfig:
+    """Return the settings of a model folder with ``overrides``, and check the device, without loading the model.
 
     Raises:
-        ValueError: For an unknown key or a value that is not allowed.
+        ValueError: For an unknown key, a value that is not allowed, or a device that is not there.
     """
     from nemo_bard.configuration import BardGenerationConfig
+    from nemo_bard.responder import check_device
 
+    check_device(device)
     file = folder / "generation_config.json"
     base = BardGenerationConfig.from_pretrained(folder) if file.is_file() else BardGenerationConfig()
     return base.updated(**overrides)

@@ -192,8 +192,12 @@ def test_wrong_prompt_lines_are_named(call, folder, tmp_path, line, message):
     [
         ((), "--prompt TEXT or --batch FILE"),
         (("--prompt", "a", "--batch", "b"), "--prompt TEXT or --batch FILE"),
-        (("--batch", "b"), "--output"),
-        (("--batch", "b", "--output", "c", "--image", "d"), "--image goes with --prompt only"),
+        (("--batch", __file__), "--output"),
+        (("--batch", __file__, "--output", "c", "--image", "d"), "--image goes with --prompt only"),
+        (("--batch", __file__, "--output", __file__), "is the file of the prompts"),
+        (("--batch", __file__, "--output", "c", "--root-dir", "none"), "none is not a folder"),
+        (("--prompt", "a", "--block-size", "four"), "--block-size: invalid int value: 'four'"),
+        (("--prompt", "a", "--top-p"), "--top-p: expected one argument"),
         (("--batch", "none.jsonl", "--output", "c"), "none.jsonl does not exist"),
         (("--prompt", "a", "--output", "c"), "--output goes with --batch only"),
         (("--prompt", "a", "--image", "none.png"), "none.png does not exist"),
@@ -309,7 +313,14 @@ def test_calibrate(call, folder, tmp_path):
     assert sorted((file.name, file.read_bytes()) for file in (folder / "bard").glob("*.json")) == before
     assert "--overwrite" in refused(call("calibrate", *words, "--output", out))
     assert "model folder" in refused(call("calibrate", *words, "--output", folder / "bard"))
-    assert "nothing to calibrate" in refused(call("calibrate", *words, model="source"))
+    assert "nemo-bard convert" in refused(call("calibrate", *words, model="source"))
+
+
+def test_calibrate_asks_for_matplotlib_before_the_sweep(call, monkeypatch):
+    from nemo_bard.commands import calibrate
+
+    monkeypatch.setattr(calibrate, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(call("calibrate", "--data", "digits:test"))
 
 
 def test_transformers_streamers_and_pipeline(folder):
