@@ -47,11 +47,17 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default="4b" if on_gpu else "cpu", help="random weights of this shape")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="4b" if on_gpu else "cpu", help="random weights of this shape"
+    )
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder instead of random weights")
-    parser.add_argument("--settings", nargs="+", default=["8:2", "32:8"], metavar="B:STEPS", help="block size and steps")
+    parser.add_argument(
+        "--settings", nargs="+", default=["8:2", "32:8"], metavar="B:STEPS", help="block size and steps"
+    )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
-    parser.add_argument("--paths", nargs="+", choices=("ar", "plain", "fast", "eager"), help="eager: fast, not compiled")
+    parser.add_argument(
+        "--paths", nargs="+", choices=("ar", "plain", "fast", "eager"), help="eager: fast, not compiled"
+    )
     parser.add_argument("--strategy", default="low_confidence_static")
     parser.add_argument("--threshold", type=float, default=0.5, help="confidence threshold of the dynamic strategy")
     parser.add_argument("--prompt-tokens", type=int, default=514)
@@ -62,7 +68,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="result file (JSON); default benchmarks/results/decode_<shape>.json")
+    parser.add_argument(
+        "--output", type=Path, help="result file (JSON); default benchmarks/results/decode_<shape>.json"
+    )
     args = parser.parse_args()
     if args.paths is None:
         args.paths = ["ar", "plain", "eager", "fast"] if args.device.startswith("cuda") else ["ar", "plain", "fast"]
@@ -97,7 +105,9 @@ def build_models(args: argparse.Namespace) -> tuple[BardVLForConditionalGenerati
     return bard, autoregressive.eval()
 
 
-def run_once(path: str, models: tuple, batch: dict, args: argparse.Namespace, block_size: int, steps: int) -> dict[str, Any]:
+def run_once(
+    path: str, models: tuple, batch: dict, args: argparse.Namespace, block_size: int, steps: int
+) -> dict[str, Any]:
     """Decode once and say how long it took."""
     bard, autoregressive = models
     device = torch.device(args.device)
@@ -119,7 +129,7 @@ def run_once(path: str, models: tuple, batch: dict, args: argparse.Namespace, bl
         return {"seconds": seconds, "forwards": args.new_tokens, "tokens": rows * args.new_tokens, "tpf": 1.0}
     how = {
         "plain": {"decode_path": "plain"},
-        "eager": {"cache_implementation": "in_place"},
+        "eager": {"cache_implementation": "dynamic"},
         "fast": {},
     }[path]
     seconds, out = timed(

@@ -96,7 +96,7 @@ def unknown_key_error(kind: str, name: str, known: list[str]) -> ValueError:
 CLASS_MARKER = "generation_config_class"
 REMASKING_STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "entropy_bound")
 DECODE_PATHS = ("fast", "plain")
-CACHE_IMPLEMENTATIONS = ("in_place", "static")
+CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 
 
 class BardGenerationConfig(GenerationConfig):
@@ -123,8 +123,8 @@ class BardGenerationConfig(GenerationConfig):
         eos_token_id: Id that ends a response, or a list; None takes the model config's.
         pad_token_id: Id after the end; None takes the first EOS id.
         decode_path: ``fast``, or ``plain``: the oracle, with separate commit forwards and logits everywhere.
-        cache_implementation: ``in_place`` (exact shapes), ``static`` (fixed shapes, compiled on CUDA); None picks
-            ``static`` on CUDA and ``in_place`` elsewhere.
+        cache_implementation: ``dynamic`` (exact shapes), ``static`` (fixed shapes, compiled on CUDA); None picks
+            ``static`` on CUDA and ``dynamic`` elsewhere.
         compile_step: Compile the block forward (``static`` cache only); None compiles on CUDA.
         return_dict_in_generate: Return a ``BardGenerateOutput`` instead of ids.
         return_step_stats: Return ``(ids, stats)``.
@@ -181,59 +181,61 @@ class BardGenerationConfig(GenerationConfig):
     def validate(self, strict: bool = False, **_: Any) -> None:  # noqa: ANN401
         """Raise ValueError for a value that is not allowed."""
         del strict
-
-        def integer(name: str, low: int, *, optional: bool = False) -> None:
-            value = getattr(self, name)
-            if value is None and optional:
-                return
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-
-        def fraction(name: str, *, optional: bool = False) -> None:
-            value = getattr(self, name)
-            if value is None and optional:
-                return
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value!r}")
-
-        def choice(name: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
-            value = getattr(self, name)
-            if value is None and optional:
-                return
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
-
-        integer("max_new_tokens", 1)
-        integer("block_size", 1, optional=True)
-        integer("denoising_steps", 1, optional=True)
-        integer("max_post_edit_steps", 0)
-        integer("top_k", 0)
-        fraction("confidence_threshold")
-        fraction("edit_threshold", optional=True)
-        fraction("top_p")
-        choice("remasking_strategy", REMASKING_STRATEGIES)
-        choice("decode_path", DECODE_PATHS)
-        choice("cache_implementation", CACHE_IMPLEMENTATIONS, optional=True)
+        self._check_integer("max_new_tokens", 1)
+        self._check_integer("block_size", 1, optional=True)
+        self._check_integer("denoising_steps", 1, optional=True)
+        self._check_integer("max_post_edit_steps", 0)
+        self._check_integer("top_k", 0)
+        self._check_fraction("confidence_threshold")
+        self._check_fraction("edit_threshold", optional=True)
+        self._check_fraction("top_p")
+        self._check_choice("remasking_strategy", REMASKING_STRATEGIES)
+        self._check_choice("decode_path", DECODE_PATHS)
+        self._check_choice("cache_implementation", CACHE_IMPLEMENTATIONS, optional=True)
         for name in ("suppress_mask_token", "return_dict_in_generate", "return_step_stats", "output_history"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.compile_step not in (None, True, False):
-            raise ValueError(f"compile_step must be true, false or null, got {self.compile_step!r}")
-        if self.compile_step and self.cache_implementation != "static":
-            raise ValueError('compile_step=True needs cache_implementation="static"')
         for name in ("temperature", "entropy_bound"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        self._check_token_ids()
+        if self.compile_step not in (None, True, False):
+            raise ValueError(f"compile_step must be true, false or null, got {self.compile_step!r}")
+        if self.compile_step and self.cache_implementation != "static":
+            raise ValueError('compile_step=True needs cache_implementation="static"')
+        if self.max_post_edit_steps and self.edit_threshold is None:
+            raise ValueError(f"max_post_edit_steps={self.max_post_edit_steps} needs edit_threshold in (0, 1]")
+
+    def _check_integer(self, name: str, low: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+    def _check_fraction(self, name: str, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...], *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+    def _check_token_ids(self) -> None:
         for name in self._TOKEN_IDS:
             value = getattr(self, name)
             ids = value if isinstance(value, (list, tuple)) and name == "eos_token_id" else [value]
             if any(v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 0) for v in ids):
                 raise ValueError(f"{name} must be a token id >= 0, got {value!r}")
-        if self.max_post_edit_steps and self.edit_threshold is None:
-            raise ValueError(f"max_post_edit_steps={self.max_post_edit_steps} needs edit_threshold in (0, 1]")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, with a marker that says whose they are."""

@@ -15,13 +15,16 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 from nemo_bard.configuration import BardGenerationConfig, as_id_list, check_mask_token_id, unknown_key_error
-from nemo_bard.decode import DecodeResult, Decoder, DecodeSettings, Hooks, StepRecord
+from nemo_bard.decode import Decoder, DecodeResult, DecodeSettings, Hooks, StepRecord
 from nemo_bard.prompt import PROMPT_KEYS, prepare_prompt
 
 if TYPE_CHECKING:
     from nemo_bard.model import BardVLForConditionalGeneration
 
 logger = logging.getLogger(__name__)
+
+NO_OPS: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "num_return_sequences": 1}
+"""Arguments of transformers' autoregressive ``generate`` that people pass by habit; only these values mean nothing here."""
 
 
 @dataclass
@@ -70,14 +73,24 @@ def resolve_settings(model: BardVLForConditionalGeneration, config: BardGenerati
     if mask_token_id is None:
         raise ValueError("mask_token_id is set neither in the call nor in the model's config.json; pass mask_token_id=")
     check_mask_token_id(mask_token_id, model_config.text_config.vocab_size)
+    for name, token in (
+        ("image_token_id", model_config.image_token_id),
+        ("video_token_id", model_config.video_token_id),
+    ):
+        if mask_token_id == token:
+            raise ValueError(f"mask_token_id {mask_token_id} is the model's {name}; choose a row that no text uses")
     end_ids = as_id_list(config.eos_token_id) or model_config.end_ids
     if mask_token_id in end_ids:
         raise ValueError(f"mask_token_id {mask_token_id} is also an eos_token_id; they must differ")
     pad = config.pad_token_id
     if pad is None:
         pad = end_ids[0] if end_ids else mask_token_id
+    vocab_size = model_config.text_config.vocab_size
+    for name, ids in (("eos_token_id", end_ids), ("pad_token_id", [pad])):
+        if max(ids, default=0) >= vocab_size:
+            raise ValueError(f"{name} {max(ids)} is outside the vocabulary, 0 to {vocab_size - 1}")
     on_cuda = model.get_input_embeddings().weight.is_cuda
-    implementation = config.cache_implementation or ("static" if on_cuda else "in_place")
+    implementation = config.cache_implementation or ("static" if on_cuda else "dynamic")
     return DecodeSettings(
         block_size=block_size,
         denoising_steps=min(config.denoising_steps or block_size, block_size),
@@ -134,6 +147,10 @@ def split_arguments(inputs: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Tens
             prompt[name] = value
         elif name in BardGenerationConfig.known_keys():
             settings[name] = value
+        elif name in NO_OPS:
+            if value is not None and value != NO_OPS[name]:
+                hint = "; use temperature > 0 to draw tokens" if name == "do_sample" else ""
+                raise ValueError(f"{name} must be {NO_OPS[name]}, got {value!r}{hint}")
         else:
             raise unknown_key_error("argument of generate", name, [*BardGenerationConfig.known_keys(), *PROMPT_KEYS])
     if prompt.get("input_ids") is None:

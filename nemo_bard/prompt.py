@@ -66,9 +66,16 @@ def prepare_prompt(
     """
     config = model.config
     device = model.get_input_embeddings().weight.device
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f'{name} must be a tensor, got {type(value).__name__}; call the processor with return_tensors="pt"'
+            )
     input_ids = inputs["input_ids"]
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must be [rows, tokens] with at least one of each, got {tuple(input_ids.shape)}")
+    if input_ids.is_floating_point() or input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be integers [rows, tokens] with at least one of each, got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -78,9 +85,13 @@ def prepare_prompt(
         )
     vision = {name: inputs[name].to(device) for name in VISION_KEYS if inputs.get(name) is not None}
     rows = [row[keep] for row, keep in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
+    vocab_size = config.text_config.vocab_size
     for index, row in enumerate(rows):
         if row.numel() == 0:
             raise ValueError(f"row {index} of input_ids is empty")
+        if int(row.min()) < 0 or int(row.max()) >= vocab_size:
+            bad = row[(row < 0) | (row >= vocab_size)][0]
+            raise ValueError(f"row {index} of input_ids holds {int(bad)}; ids must be 0 to {vocab_size - 1}")
     _check_vision(config, rows, vision)
 
     width = max(row.numel() for row in rows)
@@ -143,7 +154,26 @@ def _check_vision(config: object, rows: list[Tensor], vision: dict[str, Tensor])
             raise ValueError(f"the prompt has {found} {kind} tokens (id {token}) but {pixels} is missing")
         if found != needed:
             raise ValueError(f"the prompt has {found} {kind} tokens (id {token}) but {grid} needs {needed}")
-        if grid in vision and int(vision[grid].prod(-1).sum()) != vision[pixels].shape[0]:
+        if grid not in vision:
+            continue
+        # A video's frames are separate runs of placeholders, with time stamps between them.
+        frames = [(t, h * w // merge) for t, h, w in vision[grid].tolist()]
+        sizes = [size for t, size in frames for _ in range(t)] if kind == "video" else [t * size for t, size in frames]
+        runs = [size for row in rows for size in _runs(row == token)]
+        if runs != sizes:
+            where = next(
+                (i for i, (a, b) in enumerate(zip(runs, sizes, strict=False)) if a != b), min(len(runs), len(sizes))
+            )
+            raise ValueError(
+                f"runs of {kind} tokens in the prompt are {runs} long but {grid} needs {sizes} (first difference at {where})"
+            )
+        if int(vision[grid].prod(-1).sum()) != vision[pixels].shape[0]:
             raise ValueError(
                 f"{pixels} has {vision[pixels].shape[0]} patches but {grid} needs {int(vision[grid].prod(-1).sum())}"
             )
+
+
+def _runs(flags: Tensor) -> list[int]:
+    """Lengths of the runs of True in ``[P]`` bool."""
+    edges = torch.nn.functional.pad(flags.int(), (1, 1)).diff()
+    return ((edges == -1).nonzero() - (edges == 1).nonzero()).flatten().tolist()

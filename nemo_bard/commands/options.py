@@ -34,7 +34,7 @@ DECODING: dict[str, tuple[Any, str]] = {
     "pad_token_id": (int, "id after the end of a response"),
     "bos_token_id": (int, "not used by block diffusion"),
     "decode_path": (str, "fast, or plain: the slow path that serves as reference"),
-    "cache_implementation": (str, "in_place or static"),
+    "cache_implementation": (str, "dynamic or static"),
     "compile_step": (bool, "compile the block forward; needs the static cache"),
 }
 """Settings of ``BardGenerationConfig`` that are flags: name -> (type, help)."""

@@ -262,9 +262,11 @@ def _check_dataset(name: str, section: object) -> None:
         target = _resolve(f"{name}._target_", target)
     if callable(target) and getattr(target, "__module__", "").startswith("nemo_bard."):
         parameters = inspect.signature(target).parameters
-        known = [key for key in parameters if key != "self"]
+        open_ended = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
+        known = [key for key, p in parameters.items() if key != "self" and p.kind != inspect.Parameter.VAR_KEYWORD]
         extra = ("_target_", "chat_template")
-        check_keys(name, section, [*known, *extra])
+        if not open_ended:  # a target that takes any key checks its keys itself
+            check_keys(name, section, [*known, *extra])
         for key in known:
             required = parameters[key].default is inspect.Parameter.empty
             if required and section.get(key) is None:

@@ -94,7 +94,7 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
         settings = resolve_settings(
             model,
             BardGenerationConfig(
-                max_new_tokens=blocks * block_size, cache_implementation="static" if static else "in_place"
+                max_new_tokens=blocks * block_size, cache_implementation="static" if static else "dynamic"
             ),
         )
         prompt = prepare_prompt(

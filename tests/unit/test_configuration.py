@@ -214,7 +214,7 @@ class TestGenerationConfig:
         assert copy.deepcopy(config) == config
         assert config != BardGenerationConfig()
 
-    @pytest.mark.parametrize("cache", [None, "in_place"])
+    @pytest.mark.parametrize("cache", [None, "dynamic"])
     def test_compiling_needs_fixed_shapes(self, cache):
         with pytest.raises(ValueError, match='compile_step=True needs cache_implementation="static"'):
             BardGenerationConfig(compile_step=True, cache_implementation=cache)

@@ -82,7 +82,11 @@ class TestRefused:
             ({"block_size": None}, "block_size is set neither in the call nor in the model's config.json"),
             ({"max_new_tokens": 4093}, "max_new_tokens=4093 .* would reach 4100, but max_position_embeddings is 4096"),
             ({"blok_size": 4}, "unknown argument of generate 'blok_size'; did you mean 'block_size'?"),
-            ({"num_beams": 2}, "unknown argument of generate 'num_beams'"),
+            ({"num_beams": 2}, "num_beams must be 1, got 2"),
+            ({"do_sample": True}, "do_sample must be False, got True; use temperature > 0"),
+            ({"mask_token_id": 500}, "mask_token_id 500 is the model's image_token_id"),
+            ({"eos_token_id": VOCAB}, "eos_token_id 512 is outside the vocabulary, 0 to 511"),
+            ({"pad_token_id": VOCAB}, "pad_token_id 512 is outside the vocabulary, 0 to 511"),
         ],
         ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
     )
@@ -94,14 +98,16 @@ class TestRefused:
         ("prompt", "message"),
         [
             ({}, "generate needs input_ids"),
-            ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "input_ids must be .* got \\(1, 0\\)"),
-            ({"input_ids": torch.tensor([1, 2])}, "input_ids must be .* got \\(2,\\)"),
+            ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "input_ids must be .* got torch.int64 \\(1, 0\\)"),
+            ({"input_ids": torch.tensor([1, 2])}, "input_ids must be .* got torch.int64 \\(2,\\)"),
             (
                 {"input_ids": PROMPT, "attention_mask": torch.ones(1, 3)},
                 "attention_mask must have the shape of input_ids",
             ),
             ({"input_ids": PROMPT, "attention_mask": torch.zeros(1, 4)}, "row 0 of input_ids is empty"),
             ({"input_ids": PROMPT, "pixels": torch.zeros(1)}, "unknown model input 'pixels'"),
+            ({"input_ids": PROMPT.tolist()}, "input_ids must be a tensor, got list"),
+            ({"input_ids": PROMPT + VOCAB}, "row 0 of input_ids holds [0-9]+; ids must be 0 to 511"),
             (image_prompt(pixel_values=None), "pixel_values is missing although image_grid_thw is given"),
             (image_prompt(image_grid_thw=None), "image_grid_thw is missing although pixel_values is given"),
             (
@@ -109,6 +115,14 @@ class TestRefused:
                 r"the prompt has 6 image tokens \(id 500\) but pixel_values is missing",
             ),
             (image_prompt(tokens=0), "the prompt has 0 image tokens .* but image_grid_thw needs 6"),
+            (
+                image_prompt(
+                    input_ids=torch.tensor([[502, *[IMAGE] * 6, 503, 502, *[IMAGE] * 6, 503]]),
+                    pixel_values=torch.zeros(48, 1536),
+                    image_grid_thw=torch.tensor([[1, 4, 4], [1, 4, 8]]),
+                ),
+                r"runs of image tokens in the prompt are \[6, 6\] long but image_grid_thw needs \[4, 8\]",
+            ),
             (image_prompt(tokens=5), "the prompt has 5 image tokens .* but image_grid_thw needs 6"),
             (
                 image_prompt(pixel_values=torch.zeros(20, 1536)),
