@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutput
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from nemo_bard import generation
+from nemo_bard.chunked import OutputHead
 from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
+        self.lm_head.__class__ = OutputHead  # the same parameters, initialised as Qwen3-VL does
 
     @property
     def generation_config(self) -> BardGenerationConfig:
@@ -58,9 +61,10 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         attention_mask: Tensor | None = None,
         *args: Any,  # noqa: ANN401
         output_positions: Tensor | None = None,
+        output_fn: Callable[[Tensor, Tensor], Any] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,  # noqa: ANN401
-    ) -> tuple | Qwen3VLCausalLMOutputWithPast:
+    ) -> Any:  # noqa: ANN401
         """Run Qwen3-VL; with ``output_positions`` the LM head runs only there.
 
         Args:
@@ -69,21 +73,30 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 meaningless output), or whatever Qwen3-VL accepts.
             *args: Further positional arguments of Qwen3-VL's forward.
             output_positions: Flat indices into ``[N * L]``, ``[K]`` int64.
+            output_fn: With ``output_positions``: called in the LM head's place, inside its forward, with the hidden
+                states ``[K, H]`` and the head's weight ``[V, H]``; see ``nemo_bard.chunked``.
             logits_to_keep: As in Qwen3-VL; not used with ``output_positions``. Named here because AutoModel's recipes
                 replace the loss of a model whose signature lacks it.
             **kwargs: Further arguments of Qwen3-VL's forward: ``position_ids`` ``[3, N, L]``, ``pixel_values``, ...
 
         Returns:
-            Qwen3-VL's output; with ``output_positions`` its ``logits`` are ``[K, V]``.
+            Qwen3-VL's output; with ``output_positions`` its ``logits`` are ``[K, V]``; with ``output_fn`` what that
+            returns, and nothing else.
 
         Raises:
-            ValueError: If a bool mask meets ``attn_implementation="eager"``, which would add it as 0/1.
+            ValueError: If the LM head is not a plain one where ``output_fn`` needs it, or if a bool mask meets ``attn_implementation="eager"``, which would add it as 0/1.
         """
         self._check_mask(attention_mask)
         if output_positions is None:
             return super().forward(input_ids, attention_mask, *args, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(input_ids, attention_mask, *args, **kwargs)
         hidden = outputs[0].flatten(0, 1).index_select(0, output_positions)
+        if output_fn is not None:
+            if not isinstance(self.lm_head, OutputHead):
+                raise ValueError(
+                    f"lm_head became a {type(self.lm_head).__name__}; adapters on lm_head are not supported"
+                )
+            return self.lm_head(hidden, output_fn)
         return Qwen3VLCausalLMOutputWithPast(
             logits=self.lm_head(hidden),
             past_key_values=outputs.past_key_values,

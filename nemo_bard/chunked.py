@@ -1,0 +1,156 @@
+"""Losses straight from hidden states, a few tokens at a time, so that no ``[K, V]`` logits exist (torch only).
+
+With a vocabulary of 151,936 the logits of a long row, their log-probabilities and their gradient take more memory than
+the rest of a training step. Here they exist for ``chunk_tokens`` tokens at once. A chunk's gradient is computed right
+behind its loss, in the forward pass, so the LM head is never run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+DEFAULT_CHUNK_TOKENS = 256
+"""Tokens whose logits exist at once: with 151,936 ids about 0.6 GiB of float32 for logits, loss and gradient."""
+
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+"""``(logits [C, V], which of the K tokens they belong to) -> scalar``; the loss is the sum over all chunks."""
+
+
+class OutputHead(nn.Linear):
+    """The LM head: a linear layer that can hand its weight to a function instead of computing all logits.
+
+    The function runs inside the module's forward, where FSDP has the whole weight at hand, so that it is gathered once
+    and its gradient is reduced once, however many chunks there are.
+    """
+
+    def forward(self, hidden: Tensor, output_fn: Callable[[Tensor, Tensor], Any] | None = None) -> Any:  # noqa: ANN401
+        """Logits ``[..., V]`` of ``hidden`` ``[..., H]``, or what ``output_fn(hidden, weight [V, H])`` returns."""
+        assert self.bias is None
+        return F.linear(hidden, self.weight) if output_fn is None else output_fn(hidden, self.weight)
+
+
+def check_chunk_tokens(chunk_tokens: int) -> None:
+    """Raise ValueError unless ``chunk_tokens`` is an integer >= 1."""
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"loss_chunk_tokens must be an integer >= 1, got {chunk_tokens!r}")
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_tokens: int) -> Tensor:
+    """Sum of ``loss`` over chunks of tokens; gradients flow into ``hidden`` and ``weight``.
+
+    Under autocast the logits are computed in its dtype, otherwise in the dtype of ``weight``. Gradients of ``weight``
+    are summed over chunks in at least float32.
+
+    Args:
+        hidden: Hidden states of the supervised tokens, ``[K, H]``; K may be 0.
+        weight: Weight of the LM head, ``[V, H]``.
+        loss: Loss of a chunk, a differentiable function of its logits alone; called once for each chunk, in order.
+        chunk_tokens: Tokens of a chunk.
+
+    Returns:
+        Scalar, at least float32; a zero connected to ``hidden`` and ``weight`` when ``K`` is 0. It can be
+        differentiated once.
+
+    Raises:
+        ValueError: If ``chunk_tokens`` < 1.
+    """
+    check_chunk_tokens(chunk_tokens)
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if needs_gradient:
+        return _ChunkedLoss.apply(hidden, weight, loss, chunk_tokens)
+    dtype = _compute_dtype(weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    total = weight.new_zeros((), dtype=_sum_dtype(weight))
+    for part in chunks(len(hidden), chunk_tokens):
+        total += loss(hidden[part] @ weight.T, part)
+    return total
+
+
+@torch.no_grad()
+def chunked_top_k(hidden: Tensor, weight: Tensor, *, k: int, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """Largest logits of each token and their ids, without gradient.
+
+    Args:
+        hidden: Hidden states, ``[K, H]``; K may be 0.
+        weight: Weight of the LM head, ``[V, H]``.
+        k: How many, 1 to V.
+        chunk_tokens: Tokens of a chunk.
+
+    Returns:
+        Logits ``[K, k]`` in the compute dtype, largest first, and ids ``[K, k]`` int64.
+
+    Raises:
+        ValueError: If ``k`` is not within 1 and V, or ``chunk_tokens`` < 1.
+    """
+    check_chunk_tokens(chunk_tokens)
+    if not 1 <= k <= len(weight):
+        raise ValueError(f"kd_top_k must be 1 to {len(weight)} (the vocabulary), got {k}")
+    dtype = _compute_dtype(weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    values = hidden.new_empty(len(hidden), k)
+    ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    for part in chunks(len(hidden), chunk_tokens):
+        values[part], ids[part] = (hidden[part] @ weight.T).topk(k)
+    return values, ids
+
+
+def chunks(length: int, chunk_tokens: int) -> list[slice]:
+    """Consecutive slices of ``chunk_tokens`` tokens (the last may be shorter) that cover ``length``."""
+    return [slice(start, min(start + chunk_tokens, length)) for start in range(0, length, chunk_tokens)]
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients of all chunks; backward only scales the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: ChunkLoss, chunk_tokens: int) -> Tensor:  # noqa: ANN401
+        """See ``chunked_loss``."""
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype, sum_dtype = _compute_dtype(weight), _sum_dtype(weight)
+        dense = weight.detach().to(dtype)
+        # The products of a chunk: autocast would cast (and keep) the weight again for each of them.
+        with torch.autocast(weight.device.type, enabled=False):
+            hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+            weight_grad = torch.zeros_like(dense, dtype=sum_dtype) if needs_weight else None
+            total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+            for part in chunks(len(hidden), chunk_tokens):
+                inputs = hidden[part].detach().to(dtype)
+                logits = (inputs @ dense.T).requires_grad_()
+                with torch.enable_grad():
+                    value = loss(logits, part)
+                (logits_grad,) = torch.autograd.grad(value, logits)
+                total += value.detach()
+                del logits, value
+                if needs_hidden:
+                    hidden_grad[part] = logits_grad @ dense
+                if needs_weight and dtype == sum_dtype:
+                    weight_grad.addmm_(logits_grad.T, inputs)
+                elif needs_weight:
+                    weight_grad += logits_grad.T @ inputs
+                del logits_grad
+        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN401
+        """Scale what forward has computed."""
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("chunked_loss can be differentiated only once")
+        return *(None if grad is None else grad.mul_(grad_output) for grad in grads), None, None
