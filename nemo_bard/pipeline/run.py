@@ -1,0 +1,289 @@
+"""The pipeline as a recipe class: all stages of a chain, one after the other, in the processes that are there.
+
+Every stage goes the same way: skip it if its manifest is there and matches; make, convert or train it; link its export;
+write its manifest; score it. Rank 0 writes, all ranks follow its decisions.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_bard.checkpoint import read_model_type
+from nemo_bard.launch import EXIT_PREEMPTED, LAUNCHERS, under_torchrun
+from nemo_bard.pipeline import checks
+from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline.compose import compose, read_words
+from nemo_bard.pipeline.evaluation import evaluate_stage
+from nemo_bard.pipeline.plan import Job, Stage, make_job
+from nemo_bard.pipeline.training import final_export, train
+from nemo_bard.pipeline.world import Preempted, World
+from nemo_bard.report import duration, write_report
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report"
+"""``--stage`` of the last part of ``launch.mode=per_stage``."""
+
+
+class Pipeline:
+    """A chain of stages that ``automodel finetune`` runs like a recipe; see ``recipes/bard_b32.yaml``.
+
+    Args:
+        job: The chain.
+        only: Run this stage only, or, for ``report``, none; all if None.
+    """
+
+    parses_overrides = True
+
+    def __init__(self, job: Job, *, only: str | None = None) -> None:
+        if only not in (None, REPORT):
+            job.stage(only)
+        self.job, self.only = job, only
+        self.world = World()
+        self._held = ExitStack()
+        self._resumed = False
+
+    # ------------------ command line ------------------
+    @classmethod
+    def from_overrides(cls, config_path: Path, overrides: Sequence[str]) -> Pipeline:
+        """Compose the chain that a command line asks for.
+
+        Raises:
+            ValueError: For wrong words, keys or values.
+        """
+        words = read_words(config_path, overrides)
+        job = make_job(compose(words))
+        if under_torchrun() and words.stage is None and job.launch["mode"] == "per_stage":
+            raise ValueError("launch.mode=per_stage starts a torchrun for each stage itself; run it without torchrun")
+        return cls(job, only=words.stage)
+
+    @classmethod
+    def launch(cls, config_path: Path, overrides: Sequence[str], processes: int | None) -> int | None:
+        """Print the job and check it (``--cfg``), or start it the way its ``launch`` section says.
+
+        Args:
+            config_path: The pipeline's recipe YAML.
+            overrides: The words after it.
+            processes: ``--nproc-per-node``.
+
+        Returns:
+            The exit code, or None to run all stages in this process.
+
+        Raises:
+            ValueError: For anything that can be known to be wrong before training.
+        """
+        words = read_words(config_path, overrides)
+        job = make_job(compose(words))
+        if words.cfg:
+            sys.stdout.write(describe(job))
+            sys.stdout.flush()
+            checks.check_chain(job)
+            return 0
+        check_early(job)
+        launcher = LAUNCHERS[job.launch["name"]]
+        parts = [*(stage.name for stage in job.stages), REPORT]
+        return launcher.start(job.launch, parts, config_path, list(overrides), processes)
+
+    # ------------------ a run ------------------
+    def setup(self) -> None:
+        """Connect the processes, check everything and take the run directory.
+
+        Raises:
+            ValueError: If anything is wrong; nothing has been trained or overwritten then.
+        """
+        self.world.stop.install()
+        quiet()
+        self.world.connect(self.job.launch["timeout_minutes"])
+        self.world.on_main(self._take)
+
+    def _take(self) -> None:
+        checks.check_run_dir(self.job)
+        checks.check_chain(self.job)
+        checks.check_world(self.job, self.world.size)
+        self._held.enter_context(files.locked(self.job.run_dir))
+        self._resumed = (self.job.run_dir / files.IDENTITY).is_file()
+        files.write_json(
+            self.job.run_dir / files.IDENTITY,
+            {"pipeline": self.job.name, "stages": [stage.name for stage in self.job.stages]},
+        )
+        files.write_text(self.job.run_dir / files.COMPOSED, dump(self.job.config))
+
+    def run_train_validation_loop(self) -> int:
+        """Run what is left of the chain.
+
+        Returns:
+            0, or ``EXIT_PREEMPTED`` if a signal came: everything is saved, the same command goes on.
+        """
+        try:
+            stages = [stage for stage in self.job.stages if self.only in (None, stage.name)]
+            for stage in stages:
+                if not self._run_stage(stage):
+                    return self._preempted(stage)
+            if self.only in (None, REPORT):
+                self.world.on_main(self._report)
+            return 0
+        except Preempted:
+            return self._preempted(None)
+        finally:
+            self._held.close()
+            self.world.stop.release()
+
+    def _run_stage(self, stage: Stage) -> bool:
+        """Bring one stage to its end and score it; False if a signal came first."""
+        number = [s.name for s in self.job.stages].index(stage.name) + 1
+        head = f"[{number}/{len(self.job.stages)}] {stage.name}"
+        manifest = self.world.on_main(lambda: files.finished(stage, self.job))
+        if manifest is not None:
+            self.say(f"{head}: finished before")
+        else:
+            self.world.on_main(lambda: self._refuse_finished_successors(stage))
+            if self.world.should_stop():
+                return False
+            self.say(f"{head}: {self._what(stage)}")
+            begin = time.monotonic()
+            started = self.world.on_main(lambda: self._start(stage))
+            if stage.kind == "recipe":
+                if not train(stage, self.job, self.world):
+                    return False
+            else:
+                self.world.on_main(lambda: self._make(stage))
+            manifest = self.world.on_main(lambda: self._finish(stage, started, time.monotonic() - begin))
+        if stage.evaluate and self.job.evaluation["data"] is not None:
+            if self.world.should_stop():
+                return False
+            export = self.job.run_dir / manifest["export"]
+            last = stage.name == [s.name for s in self.job.stages if s.evaluate][-1]
+            scored = evaluate_stage(stage, self.job, self.world, export, manifest["content"], last=last)
+            scores = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f} %" for name, v in scored["scores"].items())
+            self.say(f"{head}: {scores}, {scored['tpf']:.2f} tokens per forward")
+        return not self.world.should_stop() or stage is self.job.stages[-1]
+
+    def _what(self, stage: Stage) -> str:
+        if stage.recipe is None:
+            return {"tiny": "a tiny Qwen3-VL with random weights", "convert": "start point"}[stage.kind]
+        steps = stage.recipe["step_scheduler"]
+        text = f"{steps.get('max_steps') or '?'} steps of {steps['global_batch_size']} samples"
+        if stage.block_size:
+            text = f"B = {stage.block_size}, {text}"
+        if "anchor" in stage.inputs:
+            text += f", anchor {stage.inputs['anchor']}"
+        return f"{text}, from {stage.inputs['init']}"
+
+    def _refuse_finished_successors(self, stage: Stage) -> None:
+        """A stage whose export went into a finished one is not made anew behind its back, except to the same end."""
+        readers = [
+            s for s in self.job.stages if stage.name in s.inputs.values() and (s.folder / files.MANIFEST).exists()
+        ]
+        if readers:
+            logger.warning(
+                "stage %s is made again; stage %s, finished from its earlier export, stays only if it comes out the same",
+                stage.name,
+                readers[0].name,
+            )
+
+    def _start(self, stage: Stage) -> dict[str, Any]:
+        """Write what the stage is made from, or compare with what it was begun with; rank 0."""
+        old = files.read_json(stage.folder / files.STARTED)
+        now = files.describe(stage, self.job, old)
+        if old is not None and files.newest_checkpoint(stage.checkpoints)[0] is not None:
+            files.check_same(stage, self.job, old, now, "begun")
+            if old["processes"] != self.world.size:
+                raise ValueError(
+                    f"stage {stage.name} was begun with {old['processes']} processes, now there are {self.world.size};"
+                    f" the order of its data would change: start as many, or delete {stage.folder}"
+                )
+        started = {**now, "processes": self.world.size}
+        files.write_json(stage.folder / files.STARTED, started)
+        if stage.recipe is not None:
+            files.write_text(stage.folder / files.STAGE_YAML, dump(stage.recipe))
+        return started
+
+    def _make(self, stage: Stage) -> None:
+        """Write the export of a stage without training; rank 0."""
+        if stage.kind == "tiny":
+            from nemo_bard.tiny import make_tiny_qwen3_vl
+
+            with files.write_whole(stage.export) as folder:
+                make_tiny_qwen3_vl(folder, seed=stage.settings["seed"])
+            return
+        from nemo_bard.export import convert
+
+        name = stage.inputs["init"]
+        source = self.job.input_path(name)
+        if not isinstance(source, Path):
+            source = checks.download(f"stage.{stage.name}", name)
+        if read_model_type(source) == "bard_vl":
+            files.link_export(source, stage.export)
+            return
+        convert(source, stage.export, **stage.settings, overwrite=stage.export.exists())
+
+    def _finish(self, stage: Stage, started: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Link the export of a trained stage and write the manifest; rank 0."""
+        if stage.kind == "recipe":
+            source = final_export(stage)
+            assert source is not None
+            files.link_export(source, stage.export)
+            progress = files.read_json(stage.folder / files.PROGRESS) or {}
+            seconds = progress.get("seconds", seconds)
+        manifest = files.finish(stage, self.job, started, seconds=seconds, finished_at=time.time())
+        self.say(f"      {stage.name}: done in {duration(seconds)}, {stage.export}")
+        return manifest
+
+    def _report(self) -> None:
+        path = write_report(self.job.run_dir)
+        self.say(f"report: {path}")
+
+    def _preempted(self, stage: Stage | None) -> int:
+        where = "" if stage is None else f" in stage {stage.name}"
+        self.say(f"preempted{where}: everything is saved; run the same command again to go on")
+        return EXIT_PREEMPTED
+
+    def say(self, text: str) -> None:
+        """Write a line for the reader, once."""
+        if self.world.is_main:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+
+def check_early(job: Job) -> None:
+    """Check what is quick, before any process is started.
+
+    Raises:
+        ValueError: If anything is wrong.
+    """
+    checks.check_run_dir(job)
+    checks.check_block_sizes(job)
+    checks.check_inputs(job)
+
+
+def quiet() -> None:
+    """Let NeMo AutoModel's account of every step go to the metrics files alone, and the console keep its progress bar."""
+    for name in ("nemo_automodel", "root"):
+        logging.getLogger(None if name == "root" else name).setLevel(logging.WARNING)
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """YAML in the order of keys."""
+    return yaml.safe_dump(dict(value), sort_keys=False, default_flow_style=None, width=120)
+
+
+def describe(job: Job) -> str:
+    """The composed job and every stage's final recipe as one YAML stream (``--cfg``)."""
+    parts = [f"# job {job.name}: the composed configuration\n{dump(job.config)}"]
+    for index, stage in enumerate(job.stages, 1):
+        head = f"# stage {index}/{len(job.stages)}: {stage.name}, written to {stage.folder}\n"
+        if stage.recipe is None:
+            body = dump({"kind": stage.kind, "inputs": stage.inputs, **stage.settings})
+        else:
+            head += f"# {stage.recipe_path.name} with the overrides of this job\n"
+            body = dump(stage.recipe)
+        parts.append(head + body)
+    return "---\n".join(parts)

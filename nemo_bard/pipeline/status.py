@@ -1,0 +1,126 @@
+"""How far a run directory is, told from its files alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_bard.pipeline import manifest as files
+from nemo_bard.report import duration
+
+STALE_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One stage."""
+
+    name: str
+    state: str
+    """``finished``, ``running``, ``stopped`` (begun, and no run is going on), or ``waiting``."""
+    steps: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    eta_seconds: float | None = None
+    age_seconds: float | None = None
+    """Since progress was last written."""
+    seconds: float | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """A run directory."""
+
+    pipeline: str
+    stages: list[StageStatus]
+    running: bool
+    """Whether a process holds the run directory, or has just written its progress from another machine."""
+    reported: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether all stages are finished and the report is written."""
+        return self.reported and all(stage.state == "finished" for stage in self.stages)
+
+    @property
+    def needs_resume(self) -> bool:
+        """Whether the command has to be run again."""
+        return not self.complete and not self.running
+
+
+def read_status(run_dir: Path) -> RunStatus:
+    """Read a run directory.
+
+    Raises:
+        ValueError: If it is no run of a pipeline.
+    """
+    identity = files.read_json(run_dir / files.IDENTITY)
+    if identity is None:
+        raise ValueError(f"{run_dir} is no run directory of a pipeline: it has no {files.IDENTITY}")
+    config = yaml.safe_load((run_dir / files.COMPOSED).read_text()) if (run_dir / files.COMPOSED).is_file() else {}
+    outputs = {name: section.get("output") or name for name, section in (config.get("stage") or {}).items()}
+    folders = {name: run_dir / outputs.get(name, name) for name in identity["stages"]}
+    ages = [
+        time.time() - (p / files.PROGRESS).stat().st_mtime for p in folders.values() if (p / files.PROGRESS).is_file()
+    ]
+    running = files.is_locked(run_dir)
+    stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
+    unfinished = any(stage.state in ("running", "stopped") for stage in stages)
+    if not running and unfinished and min(ages, default=STALE_SECONDS) < 10.0:
+        running = True
+        stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
+    return RunStatus(
+        pipeline=identity["pipeline"], stages=stages, running=running, reported=(run_dir / "report.html").is_file()
+    )
+
+
+def _read_stage(name: str, folder: Path, running: bool) -> StageStatus:
+    manifest, progress = files.read_json(folder / files.MANIFEST), files.read_json(folder / files.PROGRESS) or {}
+    known = {
+        "steps": progress.get("steps"),
+        "max_steps": progress.get("max_steps"),
+        "loss": progress.get("loss"),
+        "evaluation": files.read_json(folder / files.EVAL),
+    }
+    if manifest is not None:
+        return StageStatus(name=name, state="finished", seconds=manifest.get("seconds"), **known)
+    if not (folder / files.STARTED).is_file():
+        return StageStatus(name=name, state="waiting")
+    age = time.time() - progress["time"] if progress else None
+    state = "running" if running else "stopped"
+    return StageStatus(name=name, state=state, eta_seconds=progress.get("eta_seconds"), age_seconds=age, **known)
+
+
+def render(status: RunStatus, run_dir: Path) -> str:
+    """Write a status as lines of text."""
+    width = max(len(stage.name) for stage in status.stages)
+    lines = [f"{status.pipeline}  {run_dir}"]
+    for number, stage in enumerate(status.stages, 1):
+        words = [f"{stage.state:<8}"]
+        if stage.state == "finished":
+            words.append(duration(stage.seconds))
+        elif stage.steps is not None:
+            words.append(f"step {stage.steps}/{stage.max_steps}")
+        if stage.loss is not None:
+            words.append(f"loss {stage.loss:.4f}")
+        if stage.state == "running" and stage.eta_seconds is not None:
+            words.append(f"{duration(stage.eta_seconds)} left in this stage")
+        if stage.state == "running" and (stage.age_seconds or 0.0) > STALE_SECONDS:
+            words.append(f"no news for {duration(stage.age_seconds)}")
+        if stage.evaluation is not None:
+            scores = stage.evaluation["scores"]
+            words += [f"{name.replace('_', ' ')} {100 * value:.1f} %" for name, value in scores.items()]
+            words.append(f"TPF {stage.evaluation['tpf']:.2f}")
+        lines.append(f"  {number}/{len(status.stages)}  {stage.name:<{width}}  {'  '.join(words)}")
+    if status.complete:
+        lines.append(f"complete; report: {run_dir / 'report.html'}")
+    elif status.running:
+        lines.append("running")
+    else:
+        lines.append("not running; run the same command again to go on")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,186 @@
+"""One training stage: build the recipe that its YAML names, watch it, and leave nothing of it in memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline.plan import Job, Stage
+from nemo_bard.pipeline.world import World
+from nemo_bard.recipe_file import load_config, load_recipe_class
+
+logger = logging.getLogger(__name__)
+
+
+def train(stage: Stage, job: Job, world: World) -> bool:
+    """Train a stage from its newest whole checkpoint to its end, or until a signal.
+
+    Args:
+        stage: A stage with a recipe; its ``stage.yaml`` is written.
+        job: Its chain.
+        world: The processes; all of them call this.
+
+    Returns:
+        Whether the stage's final checkpoint is there; False means a signal came before.
+
+    Raises:
+        RuntimeError: If the recipe ended without either.
+    """
+    resume = world.on_main(lambda: prepare_resume(stage))
+    path = stage.folder / files.STAGE_YAML
+    recipe_class = load_recipe_class(path, stage.recipe)
+    config = load_config(path, [])
+    config.set_by_dotted("checkpoint.restore_from", None if resume is None else str(resume))
+    recipe = recipe_class(config)
+    try:
+        recipe.setup()
+        if world.should_stop():
+            return False
+        Watch(recipe, stage, world).start()
+        recipe.run_train_validation_loop()
+        preempted = bool(recipe.step_scheduler.sigterm_flag)
+    finally:
+        teardown(recipe)
+    world.stop.received |= preempted
+    done = world.on_main(lambda: final_export(stage) is not None)
+    if not done and not preempted:
+        raise RuntimeError(f"stage {stage.name} ended without a final checkpoint in {stage.checkpoints}")
+    return done
+
+
+def prepare_resume(stage: Stage) -> Path | None:
+    """Name and set aside damaged checkpoints, cut the metrics back, and return where to go on from, if anywhere."""
+    newest, wrong = files.newest_checkpoint(stage.checkpoints)
+    for line in wrong:
+        logger.warning("checkpoint not used: %s", line)
+    files.set_aside(wrong)
+    steps = 0
+    if newest is not None:
+        import torch
+
+        steps = torch.load(newest / "step_scheduler.pt", weights_only=True)["step"]
+        logger.warning("stage %s goes on from %s, after %d steps", stage.name, newest, steps)
+    elif wrong:
+        logger.warning("stage %s starts again: none of its checkpoints is whole", stage.name)
+    for name in ("training.jsonl", "validation.jsonl"):
+        files.keep_steps(stage.checkpoints / name, steps)
+    return newest
+
+
+def final_export(stage: Stage) -> Path | None:
+    """The Hugging Face folder inside the final checkpoint; None while there is none."""
+    newest, _ = files.newest_checkpoint(stage.checkpoints)
+    folder = None if newest is None else newest / files.EXPORTED
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+class Watch:
+    """Follows a recipe through two of its methods: what it logs per step, and when it saves.
+
+    Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk with every checkpoint, so
+    that they never fall behind it.
+    """
+
+    def __init__(self, recipe: Any, stage: Stage, world: World) -> None:  # noqa: ANN401
+        self.recipe, self.stage, self.is_main = recipe, stage, world.is_main
+        before = (files.read_json(stage.folder / files.PROGRESS) or {}) if world.is_main else {}
+        self.seconds = float(before.get("seconds", 0.0))
+        self.host_memory = float(before.get("host_memory_gib", 0.0))
+        self.device_memory = float(before.get("device_memory_gib", 0.0))
+        self.step_seconds: float | None = None
+        self.last = self.written = time.monotonic()
+
+    def start(self) -> None:
+        """Put the two methods in between."""
+        if not self.is_main:
+            return
+        log, save = self.recipe.log_train_metrics, self.recipe.save_checkpoint
+        self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
+        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.flush(), save(*args, **kwargs))[1]
+        self.write(None)
+
+    def flush(self) -> None:
+        """Bring the metrics of all steps so far onto the disk."""
+        for name in ("metric_logger_train", "metric_logger_valid"):
+            getattr(self.recipe, name).flush()
+
+    def step(self, sample: Any) -> None:  # noqa: ANN401
+        """Note one finished step."""
+        now = time.monotonic()
+        duration, self.last = now - self.last, now
+        self.seconds += duration
+        self.step_seconds = duration if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * duration
+        self.host_memory = max(self.host_memory, resident_gib())
+        self.device_memory = max(self.device_memory, float(sample.metrics.get("mem", 0.0)))
+        scheduler = self.recipe.step_scheduler
+        if now - self.written >= 2.0 or scheduler.step + 1 >= scheduler.max_steps:
+            self.write(sample)
+
+    def write(self, sample: Any) -> None:  # noqa: ANN401
+        """Write ``progress.json``."""
+        scheduler = self.recipe.step_scheduler
+        done = scheduler.step + (sample is not None)
+        left = None if self.step_seconds is None else (scheduler.max_steps - done) * self.step_seconds
+        loss = None if sample is None else float(sample.metrics["loss"])
+        self.written = time.monotonic()
+        files.write_json(
+            self.stage.folder / files.PROGRESS,
+            {
+                "steps": done,
+                "max_steps": int(scheduler.max_steps),
+                "loss": loss,
+                "seconds": self.seconds,
+                "seconds_per_step": self.step_seconds,
+                "eta_seconds": left,
+                "host_memory_gib": self.host_memory,
+                "device_memory_gib": self.device_memory,
+                "time": time.time(),
+            },
+        )
+
+
+def resident_gib() -> float:
+    """Memory of this process in GiB; 0 where ``/proc`` does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return 0.0
+    import resource
+
+    return pages * resource.getpagesize() / 1024**3
+
+
+def teardown(recipe: Any) -> None:  # noqa: ANN401
+    """Free everything a recipe holds, so that the next stage has the machine to itself.
+
+    Upstream never releases its signal handler (0.7.0), workers of data loaders live as long as their iterator, and
+    optimizer states and hooks hold each other in cycles.
+    """
+    if handler := getattr(getattr(recipe, "step_scheduler", None), "sig_handler", None):
+        handler.release()
+    for name in ("dataloader", "val_dataloader"):
+        loader = getattr(recipe, name, None)
+        iterator = getattr(loader, "_iterator", None)
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        if iterator is not None:
+            loader._iterator = None
+    for optimizer in getattr(recipe, "optimizer", None) or []:
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
+    for name in ("metric_logger_train", "metric_logger_valid", "checkpointer"):
+        if hasattr(closable := getattr(recipe, name, None), "close"):
+            closable.close()
+    if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+    if (mlflow := sys.modules.get("mlflow")) is not None and mlflow.active_run() is not None:
+        mlflow.end_run()
+    recipe.__dict__.clear()
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

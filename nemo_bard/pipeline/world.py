@@ -1,0 +1,115 @@
+"""The processes of a run: agreeing on decisions, and stopping together when a signal says so."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+from nemo_bard.launch import PREEMPTION_SIGNALS, under_torchrun
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Preempted(Exception):
+    """Raised where work is left because a signal asked for it."""
+
+
+class StopSignal:
+    """Remembers that a preemption signal came; recipes put their own handler on top while they train."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take the preemption signals over."""
+        for name in PREEMPTION_SIGNALS:
+            number = signal.Signals[name]
+            self._previous[number] = signal.signal(number, self._remember)
+
+    def release(self) -> None:
+        """Give them back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        logger.warning("received %s: stopping at the next step", signal.Signals(number).name)
+        self.received = True
+
+
+class World:
+    """All processes of a run; alone if no launcher started several.
+
+    The process group that is made here serves all stages; NeMo AutoModel's recipes find it and use it.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ["RANK"]) if under_torchrun() else 0
+        self.size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+        self.stop = StopSignal()
+        self._group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files."""
+        return self.rank == 0
+
+    def connect(self, timeout_minutes: int) -> None:
+        """Set up collectives; the agreements here go through the CPU, whatever training uses."""
+        from nemo_bard.train import cpu_compat
+
+        cpu_compat.apply()
+        if self.size == 1:
+            return
+        import torch
+        from nemo_automodel.components.distributed.init_utils import initialize_distributed
+
+        initialize_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout_minutes)
+        self._group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0 and return its result, which must be picklable, on every rank.
+
+        Raises:
+            Exception: What it raised, on every rank.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [function(), None]
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                outcome = [None, error]
+        if self.size > 1:
+            import torch
+
+            torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every rank has, by rank."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def should_stop(self) -> bool:
+        """Whether any rank has received a preemption signal."""
+        return any(self.gather(self.stop.received))
