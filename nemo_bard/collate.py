@@ -42,6 +42,8 @@ class TrainingSample:
     """Index of the supervised response (0, 1, ...) for noisy tokens, ``-1`` elsewhere."""
     padding: Tensor
     """bool, noisy tokens after the true end of a response."""
+    anchor_block: Tensor | None = None
+    """Block under the anchor's block size, see ``layout.SampleLayout``; None without an anchor."""
     sample_index: int = 0
     pixel_values: Tensor | None = None
     """Patches of all images and videos in the order of their placeholders, ``[patches, values]`` float32."""
@@ -60,6 +62,7 @@ def lay_out_sample(
     *,
     supervised: Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    anchor_block_size: int | None = None,
     **extra: Any,  # noqa: ANN401
 ) -> TrainingSample:
     """Lay one tokenised conversation out for training.
@@ -71,6 +74,7 @@ def lay_out_sample(
         block_size: Tokens per block.
         supervised: Indices of the responses to learn; all if None.
         pad_token_id: Id that fills the last block of a response; the token that ends the response if None.
+        anchor_block_size: See ``layout.sample_layout``.
         **extra: Further fields of ``TrainingSample``.
 
     Returns:
@@ -79,7 +83,9 @@ def lay_out_sample(
     Raises:
         ValueError: If there is no response, the spans are wrong or ``block_size`` < 1.
     """
-    layout = sample_layout(len(input_ids), responses, block_size, supervised=supervised)
+    layout = sample_layout(
+        len(input_ids), responses, block_size, supervised=supervised, anchor_block_size=anchor_block_size
+    )
     ends = torch.tensor([end - 1 for _, end in responses])
     anchor = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
     ids = input_ids[anchor]
@@ -94,6 +100,7 @@ def lay_out_sample(
         block=layout.block,
         response=compact - int(bool((layout.response < 0).any())),
         padding=layout.padding,
+        anchor_block=layout.anchor_block,
         **extra,
     )
 
@@ -131,6 +138,7 @@ class BlockDiffusionCollator:
         turns: Supervise ``all`` assistant turns, or only the ``last``.
         overlong: What to do with a longer sample: ``drop`` (logged; ``num_dropped`` of the batch) or ``error``.
         pad_to_multiple_of: Round the row length up to a multiple of this.
+        anchor_block_size: Block size of a distillation anchor that reads the same rows (the recipe's, not a setting).
 
     Raises:
         ValueError: If a setting is not allowed or the configuration lacks a token id.
@@ -145,6 +153,7 @@ class BlockDiffusionCollator:
         turns: str = "all",
         overlong: str = "drop",
         pad_to_multiple_of: int = 1,
+        anchor_block_size: int | None = None,
     ) -> None:
         for name, value, allowed in (("turns", turns, TURNS), ("overlong", overlong, OVERLONG)):
             if value not in allowed:
@@ -161,7 +170,7 @@ class BlockDiffusionCollator:
                 raise ValueError(f"the model's config.json has no {name}; make a start point with `nemo-bard convert`")
         self.processor, self.config = processor, config
         self.max_length, self.turns, self.overlong = max_length, turns, overlong
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
         self._rope_index = _RopeIndex(config)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -208,6 +217,7 @@ class BlockDiffusionCollator:
             responses,
             self.config.block_size,
             supervised=None if self.turns == "all" else [len(responses) - 1],
+            anchor_block_size=self.anchor_block_size,
             sample_index=index,
         )
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
@@ -292,6 +302,7 @@ class BlockDiffusionCollator:
             block=one,
             response=one - 1,
             padding=torch.zeros(1, dtype=torch.bool),
+            anchor_block=one,
             sample_index=-1,
             pixel_values=torch.zeros(side * side, values),
             grid_thw=torch.tensor([[1, side, side]]),
@@ -327,7 +338,9 @@ class BlockDiffusionCollator:
 
         media = [sample for row in parts for sample, _ in row if sample.grid_thw is not None]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
+        anchor = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
         return {
+            **anchor,
             "input_ids": rows_of("input_ids", self.config.end_ids[0]),
             "labels": rows_of("labels", IGNORE_INDEX),
             "position_ids": torch.stack([_pad([p[axis] for p in positions], length, 0) for axis in range(3)]),

@@ -49,6 +49,8 @@ class SampleLayout:
     """Index of the supervised response for noisy tokens, ``-1`` for context."""
     padding: Tensor
     """True on noisy tokens after the response's true end."""
+    anchor_block: Tensor | None = None
+    """Block under the anchor's block size; ``PADDING`` on noisy tokens in whose block the response has ended already."""
 
     def __len__(self) -> int:
         return self.source.numel()
@@ -58,6 +60,16 @@ def check_block_size(block_size: int) -> None:
     """Raise ValueError unless ``block_size`` is an integer >= 1."""
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer >= 1, got {block_size!r}")
+
+
+def check_anchor_block_size(block_size: int, anchor_block_size: int) -> None:
+    """Raise ValueError unless an anchor with this block size can teach a student with ``block_size``."""
+    check_block_size(block_size)
+    check_block_size(anchor_block_size)
+    if block_size % anchor_block_size:
+        raise ValueError(
+            f"the anchor's block size must be at most the student's {block_size} and divide it, got {anchor_block_size}"
+        )
 
 
 def find_responses(
@@ -151,6 +163,7 @@ def sample_layout(
     *,
     supervised: Sequence[int] | None = None,
     drop_last_clean_block: bool = True,
+    anchor_block_size: int | None = None,
 ) -> SampleLayout:
     """Lay one conversation out as ``[context | noisy copies of the supervised responses]``.
 
@@ -164,13 +177,21 @@ def sample_layout(
         block_size: Tokens per block.
         supervised: Indices into ``responses`` that get a noisy copy; all if None.
         drop_last_clean_block: Leave out context tokens that no supervised token sees.
+        anchor_block_size: Block size of a second model (a distillation anchor) that reads the same row. The clean
+            tokens that its noisy tokens see are laid out as well. It knows no blocks behind a response's end: no
+            decoding gets there, so that it has nothing to teach about them.
 
     Returns:
         The layout; its noisy part is ``sum(ceil(len / B) * B)`` tokens long.
 
     Raises:
-        ValueError: If there is no supervised response or not that many, ``block_size`` < 1 or the spans are wrong.
+        ValueError: If there is no supervised response or not that many, ``block_size`` < 1, it is no multiple of
+            ``anchor_block_size``, or the spans are wrong.
     """
+    if anchor_block_size is not None:
+        check_anchor_block_size(block_size, anchor_block_size)
+    smallest = anchor_block_size or block_size
+    anchor_blocks = context_block_ids(length, responses, smallest)
     blocks = context_block_ids(length, responses, block_size)
     chosen = list(range(len(responses))) if supervised is None else sorted(set(supervised))
     if not chosen:
@@ -178,9 +199,10 @@ def sample_layout(
     if chosen[0] < 0 or chosen[-1] >= len(responses):
         raise ValueError(f"supervised must index the {len(responses)} responses, got {list(supervised or ())}")
     last_start, last_end = responses[chosen[-1]]
-    kept = last_start + (last_end - last_start - 1) // block_size * block_size if drop_last_clean_block else length
+    kept = last_start + (last_end - last_start - 1) // smallest * smallest if drop_last_clean_block else length
     source, offset = [torch.arange(kept)], [torch.zeros(kept, dtype=torch.int64)]
     block, response = [blocks[:kept]], [torch.full((kept,), -1)]
+    anchor_block = [anchor_blocks[:kept]]
     for index in chosen:
         start, end = responses[index]
         size = end - start
@@ -189,6 +211,8 @@ def sample_layout(
         source.append(torch.where(position < size, start + position, -1))
         offset.append((position - (size - 1)).clamp_min(0))
         block.append(blocks[start] + position // block_size)
+        has_begun = position // smallest * smallest < size
+        anchor_block.append(torch.where(has_begun, anchor_blocks[start] + position // smallest, PADDING))
         response.append(torch.full((padded,), index))
     response_ids = torch.cat(response)
     source_ids = torch.cat(source)
@@ -199,6 +223,7 @@ def sample_layout(
         block=torch.cat(block),
         response=response_ids,
         padding=source_ids < 0,
+        anchor_block=torch.cat(anchor_block) if anchor_block_size is not None else None,
     )
 
 

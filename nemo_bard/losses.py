@@ -7,7 +7,7 @@ gradients do not depend on how a global batch is split over ranks and accumulati
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,14 @@ def check_reduction(reduction: str) -> None:
     """Raise ValueError unless ``reduction`` is one of ``REDUCTIONS``."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_kd(temperature: float, direction: str) -> None:
+    """Raise ValueError unless ``temperature`` is > 0 and ``direction`` is one of ``KD_DIRECTIONS``."""
+    if not temperature > 0:
+        raise ValueError(f"kd_temperature must be > 0, got {temperature}")
+    if direction not in KD_DIRECTIONS:
+        raise ValueError(f"kd_direction must be one of {', '.join(KD_DIRECTIONS)}, got {direction!r}")
 
 
 def token_scale(
@@ -156,10 +164,7 @@ def top_k_kd(
     Raises:
         ValueError: If ``temperature`` <= 0 or ``direction`` is unknown.
     """
-    if not temperature > 0:
-        raise ValueError(f"kd_temperature must be > 0, got {temperature}")
-    if direction not in KD_DIRECTIONS:
-        raise ValueError(f"kd_direction must be one of {', '.join(KD_DIRECTIONS)}, got {direction!r}")
+    check_kd(temperature, direction)
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, anchor = student_logits.to(dtype) / temperature, anchor_top_logits.to(dtype) / temperature
     anchor_log_p = F.log_softmax(anchor, -1)
@@ -168,3 +173,82 @@ def top_k_kd(
         return -(anchor_log_p.exp() * student_log_p).sum(-1)
     student_log_p = F.log_softmax(student.gather(-1, anchor_top_ids), -1)
     return (student_log_p.exp() * (student_log_p - anchor_log_p)).sum(-1)
+
+
+class DistillationOutput(NamedTuple):
+    """Scalars over some tokens."""
+
+    loss: Tensor
+    """``ce_weight * ce + kd_weight * kd``."""
+    ce: Tensor
+    kd: Tensor
+
+
+class DistillationLoss(nn.Module):
+    """Cross-entropy of the clean token and distillation from an anchor (BARD, arXiv 2604.16514); no noise weight."""
+
+    reduction: ClassVar[str] = "sum"
+
+    def __init__(
+        self,
+        ce_weight: float = 1.0,
+        kd_weight: float = 0.5,
+        kd_top_k: int = 16,
+        kd_temperature: float = 1.0,
+        kd_direction: str = "forward",
+    ) -> None:
+        """Create the loss.
+
+        Args:
+            ce_weight: Weight of the cross-entropy, >= 0.
+            kd_weight: Weight of the distillation, >= 0; not both 0.
+            kd_top_k: How many of the anchor's largest logits count, 1 to the size of the vocabulary.
+            kd_temperature: Divides the logits of both, > 0.
+            kd_direction: ``forward`` or ``reverse``, see ``top_k_kd``.
+
+        Raises:
+            ValueError: If a value is not allowed.
+        """
+        super().__init__()
+        for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight), ("kd_temperature", kd_temperature)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if not ce_weight + kd_weight > 0:
+            raise ValueError("ce_weight and kd_weight must not both be 0")
+        if isinstance(kd_top_k, bool) or not isinstance(kd_top_k, int) or kd_top_k < 1:
+            raise ValueError(f"kd_top_k must be an integer >= 1, got {kd_top_k!r}")
+        check_kd(kd_temperature, kd_direction)
+        self.ce_weight, self.kd_weight, self.kd_top_k = float(ce_weight), float(kd_weight), kd_top_k
+        self.kd_temperature, self.kd_direction = float(kd_temperature), kd_direction
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        weight: Tensor,
+        anchor_top_logits: Tensor,
+        anchor_top_ids: Tensor,
+        kd_mask: Tensor,
+    ) -> DistillationOutput:
+        """Weighted sums over tokens.
+
+        Args:
+            logits: The student's logits at the supervised tokens, ``[K, V]``; computed in at least float32.
+            labels: Clean ids, ``[K]`` int64.
+            weight: One over the supervised tokens of the whole optimizer step, ``[K]``.
+            anchor_top_logits: The anchor's largest logits, ``[K, k]``.
+            anchor_top_ids: Their ids, ``[K, k]`` int64.
+            kd_mask: Tokens that the anchor teaches, ``[K]`` bool.
+
+        Returns:
+            The loss and its two parts, the latter without their weights.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        weight = weight.to(logits.dtype)
+        ce = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
+        per_token = top_k_kd(
+            logits, anchor_top_logits, anchor_top_ids, temperature=self.kd_temperature, direction=self.kd_direction
+        )
+        kd = (per_token * weight * kd_mask).sum()
+        return DistillationOutput(self.ce_weight * ce + self.kd_weight * kd, ce, kd)

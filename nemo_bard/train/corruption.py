@@ -34,7 +34,7 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
     """Draw the noise of a collated batch.
 
     Every response has its own draw, in order, from the generator of its sample; with ``per: sample`` the level is drawn
-    once, before them.
+    once, before them. If fewer than ``min_masked`` tokens of the sample came out masked, random further ones are.
 
     Args:
         batch: What the collator returned, on CPU; not modified.
@@ -70,6 +70,12 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
             )
             input_ids[row, places] = result.noisy_ids
             loss_mask[row, places] = result.loss_mask
+        missing = settings.min_masked - int(loss_mask[row, inside].sum())
+        if missing > 0:
+            free = (inside & ~loss_mask[row]).nonzero().flatten()
+            chosen = free[torch.randperm(len(free), generator=generator)[:missing]]
+            input_ids[row, chosen] = context.mask_token_id
+            loss_mask[row, chosen] = True
     return {
         **batch,
         "input_ids": input_ids,

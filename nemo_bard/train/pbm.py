@@ -11,7 +11,8 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from nemo_automodel.components.distributed.config import DistributedSetup
@@ -23,7 +24,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nemo_bard.configuration import check_mask_token_id
+from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, chunked_loss
+from nemo_bard.configuration import BardVLConfig, check_mask_token_id
 from nemo_bard.layout import PADDING, TokenIds, attention_mask
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
@@ -98,6 +100,9 @@ def dense_mask(batch: Mapping[str, Any], context_attention: str) -> Tensor:
 class PBMRecipe(FinetuneRecipeForVLM):
     """AutoModel's VLM recipe for block diffusion; see ``recipes/pbm.yaml`` for its settings."""
 
+    loss_class: ClassVar[type[nn.Module]] = BlockDiffusionLoss
+    """What ``loss_fn`` has to be."""
+
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
         """Check a recipe before anything is built.
@@ -124,6 +129,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             {"name": self.noise.name, "num_random_ids": self.noise.num_random_ids} if validation is None else validation
         )
         self.seed = int(self.cfg.get("seed", 42))
+        self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS)
         self._fill_defaults()
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
         upstream.addFilter(told)
@@ -139,9 +145,13 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self._check_built()
         for loader in (self.dataloader, self.val_dataloader):
             if loader is not None:
-                loader.collate_fn = loader.collate_fn(config=self._model_config)
+                loader.collate_fn = loader.collate_fn(config=self._model_config, **self._collator_settings())
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
+
+    def _collator_settings(self) -> dict[str, Any]:
+        """What the collators get from the recipe besides the model's configuration."""
+        return {}
 
     def _fill_defaults(self) -> None:
         """Write values that depend on the machine, or that must not be upstream's default, into the configuration."""
@@ -178,8 +188,11 @@ class PBMRecipe(FinetuneRecipeForVLM):
         model = self.model_parts[0]
         if not isinstance(model, BardVLForConditionalGeneration):
             raise ValueError(f"the checkpoint gave a {type(model).__name__}, not a BardVLForConditionalGeneration")
-        if not isinstance(self.loss_fn, BlockDiffusionLoss):
-            raise ValueError(f"loss_fn must be one of nemo_bard.losses, got {type(self.loss_fn).__name__}")
+        if not isinstance(self.loss_fn, self.loss_class):
+            raise ValueError(
+                f"loss_fn of this recipe must be a nemo_bard.losses.{self.loss_class.__name__}, got"
+                f" {type(self.loss_fn).__name__}"
+            )
         if self.processor is None:
             raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
         # The exported generation_config.json must not keep the block size of the stage before.
@@ -194,7 +207,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             )
 
     @property
-    def _model_config(self) -> Any:  # noqa: ANN401
+    def _model_config(self) -> BardVLConfig:
         return self.model_parts[0].config
 
     def _random_ids(self) -> int:
@@ -239,9 +252,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         totals = self._reduce(count(batches))
         self._report_dropped(totals)
         started = self.timestamp
-        log_data = super()._run_train_optim_step(
-            [weigh(batch, self.loss_fn.reduction, totals) for batch in batches], max_grad_norm
-        )
+        log_data = super()._run_train_optim_step([self._weigh(batch, totals) for batch in batches], max_grad_norm)
         tps = totals.num_tokens / max(self.timestamp - started, 1e-9)
         log_data.metrics.update(
             num_samples=totals.num_samples,
@@ -252,6 +263,10 @@ class PBMRecipe(FinetuneRecipeForVLM):
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
         )
         return log_data
+
+    def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
+        """Add ``output_positions`` and ``output_weight`` to a corrupted microbatch."""
+        return weigh(batch, self.loss_fn.reduction, totals)
 
     def _noise_context(self, seed: int, epoch: int, stream: int = 0) -> NoiseContext:
         return NoiseContext(
@@ -318,19 +333,20 @@ class PBMRecipe(FinetuneRecipeForVLM):
 
     def _compute_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Loss of a weighed microbatch: a scalar that sums to the step's loss over microbatches and ranks."""
-        logits = model(**self._model_inputs(batch)).logits
-        positions = batch["output_positions"]
-        return self.loss_fn(
-            logits,
-            batch["labels"].flatten()[positions],
-            weight=batch["output_weight"],
-            noisy_ids=batch["input_ids"].flatten()[positions],
-        )
+        positions, weight = batch["output_positions"], batch["output_weight"]
+        labels, noisy_ids = batch["labels"].flatten()[positions], batch["input_ids"].flatten()[positions]
 
-    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            return self.loss_fn(logits, labels[part], weight=weight[part], noisy_ids=noisy_ids[part])
+
+        output_fn = partial(chunked_loss, loss=loss, chunk_tokens=self.loss_chunk_tokens)
+        return model(**self._model_inputs(batch, self._model_config), output_fn=output_fn)
+
+    def _model_inputs(self, batch: dict[str, Any], config: BardVLConfig) -> dict[str, Any]:
+        """Arguments of the forward of a model with this configuration."""
         return {
             "input_ids": batch["input_ids"],
-            "attention_mask": dense_mask(batch, self._model_config.context_attention),
+            "attention_mask": dense_mask(batch, config.context_attention),
             "position_ids": batch["position_ids"],
             "pixel_values": batch["pixel_values"],
             "image_grid_thw": batch["image_grid_thw"],
@@ -357,7 +373,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             seen = StepTotals(*(a + b for a, b in zip(seen, count([batch]), strict=True)))
             self._forward_backward_step(
                 0,
-                weigh(batch, self.loss_fn.reduction, one),
+                self._weigh(batch, one),
                 loss_buffer=losses,
                 num_label_tokens=0,
                 num_batches=1,
@@ -391,13 +407,18 @@ def _section(cfg: Any, key: str) -> dict[str, Any] | None:  # noqa: ANN401
     return node.to_dict() if hasattr(node, "to_dict") else node
 
 
-def main(config_path: str | os.PathLike | None = None) -> None:
-    """Run the recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
+def run_main(recipe_class: type[PBMRecipe], config_path: str | os.PathLike | None) -> None:
+    """Run a recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
     from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
 
-    recipe = PBMRecipe(parse_args_and_load_config(config_path))
+    recipe = recipe_class(parse_args_and_load_config(config_path))
     recipe.setup()
     recipe.run_train_validation_loop()
+
+
+def main(config_path: str | os.PathLike | None = None) -> None:
+    """Run this recipe; see ``run_main``."""
+    run_main(PBMRecipe, config_path)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, check_chunk_tokens
 from nemo_bard.noise import NoiseLevels, make_noise
 
 RECIPE_KEYS = (
     "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
     "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
     "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
-    "mlflow", "noise", "validation_noise", "compute_dtype",
+    "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens",
 )  # fmt: skip
-"""Top-level keys: those of AutoModel's VLM recipe, and ``noise``, ``validation_noise`` and ``compute_dtype``."""
+"""Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
 REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
+ANCHOR_KEYS = ("anchor", "offload_anchor")
 SECTION_KEYS = {
     "dist_env": ("backend", "timeout_minutes"),
     "step_scheduler": (
@@ -85,6 +87,8 @@ class NoiseSettings:
     num_random_ids: int | None = None
     """Random replacements are drawn from ids below this; None means the tokenizer's base vocabulary, which ends
     where special and added tokens begin (151643 for Qwen3-VL, what the reference draws from)."""
+    min_masked: int = 0
+    """Masked tokens that every sample has at least (all, if it has fewer); for ``mask`` with ``per: sample``."""
 
     def __post_init__(self) -> None:
         make_noise(self.name)
@@ -95,6 +99,13 @@ class NoiseSettings:
         self.levels()
         if self.num_random_ids is not None:
             _check_count("noise.num_random_ids", self.num_random_ids)
+        if isinstance(self.min_masked, bool) or not isinstance(self.min_masked, int) or self.min_masked < 0:
+            raise ValueError(f"noise.min_masked must be an integer >= 0, got {self.min_masked!r}")
+        if self.min_masked and (self.name, self.per) != ("mask", "sample"):
+            raise ValueError(
+                f"noise.min_masked={self.min_masked} needs noise.name: mask and noise.per: sample, got {self.name!r}"
+                f" and {self.per!r}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None, *, section: str = "noise") -> NoiseSettings:
@@ -123,20 +134,21 @@ def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"unknown recipe key {prefix}{key}{hint}")
 
 
-def validate_recipe(raw: Mapping[str, Any]) -> None:
-    """Check a PBM recipe; nothing is built, and no file but the model's ``config.json`` is read.
+def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> None:
+    """Check a recipe; nothing is built, and no file but ``config.json`` of its checkpoint folders is read.
 
     Args:
         raw: The recipe as plain dictionaries, with ``_target_`` as dotted names.
+        with_anchor: Whether it distils from an anchor.
 
     Raises:
         ValueError: One line that names the key, its value, and what is allowed.
     """
-    check_keys("", raw, RECIPE_KEYS)
-    for key in REQUIRED_KEYS:
+    check_keys("", raw, [*RECIPE_KEYS, *(ANCHOR_KEYS if with_anchor else ())])
+    for key in [*REQUIRED_KEYS, *(["anchor"] if with_anchor else [])]:
         if not isinstance(raw.get(key), Mapping):
             raise ValueError(f"the recipe needs a section {key!r}, got {raw.get(key)!r}")
-    for section, known in SECTION_KEYS.items():
+    for section, known in {**SECTION_KEYS, "anchor": SECTION_KEYS["model"]}.items():
         for name in (section, f"validation_{section}") if section == "dataloader" else (section,):
             if raw.get(name) is not None:
                 if not isinstance(raw[name], Mapping):
@@ -146,13 +158,19 @@ def validate_recipe(raw: Mapping[str, Any]) -> None:
         raise ValueError("packed_sequence is not supported by this recipe: its collator would be replaced; remove it")
     _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
+    check_chunk_tokens(raw.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS))
     seed = raw.get("seed", 42)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed!r}")
     _check_distributed(raw["distributed"])
     _check_optimizer(raw["optimizer"])
     _check_step_scheduler(raw["step_scheduler"])
-    _check_model(raw["model"])
+    _check_lr_scheduler(raw.get("lr_scheduler") or {}, raw)
+    for name in ("model", "anchor") if with_anchor else ("model",):
+        _check_model(name, raw[name])
+    offload = raw.get("offload_anchor", False)
+    if not isinstance(offload, bool):
+        raise ValueError(f"offload_anchor must be true or false, got {offload!r}")
     for name in ("dataset", "validation_dataset"):
         _check_dataset(name, raw.get(name))
     for name in ("dataloader", "validation_dataloader"):
@@ -211,6 +229,24 @@ def _check_step_scheduler(section: Mapping[str, Any]) -> None:
     check_batch_sizes(section["global_batch_size"], section["local_batch_size"], 1)
 
 
+def _check_lr_scheduler(section: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """What upstream's scheduler asserts, as far as it is known before the data set is."""
+    warmup, decay = section.get("lr_warmup_steps"), section.get("lr_decay_steps")
+    if warmup is not None:
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"lr_scheduler.lr_warmup_steps must be an integer >= 0 or null, got {warmup!r}")
+        key, steps = "step_scheduler.max_steps", raw["step_scheduler"].get("max_steps")
+        if decay is not None:
+            key, steps = "lr_scheduler.lr_decay_steps", decay
+        if steps is not None and warmup >= steps:
+            raise ValueError(f"lr_scheduler.lr_warmup_steps={warmup} must be less than {key}={steps}")
+    lr, min_lr = raw["optimizer"].get("lr"), section.get("min_lr")
+    if min_lr is not None and (isinstance(min_lr, bool) or not isinstance(min_lr, (int, float)) or min_lr < 0):
+        raise ValueError(f"lr_scheduler.min_lr must be a number >= 0 or null, got {min_lr!r}")
+    if lr is not None and min_lr is not None and min_lr > lr:
+        raise ValueError(f"lr_scheduler.min_lr={min_lr} must be at most optimizer.lr={lr}")
+
+
 def check_batch_sizes(global_batch_size: int, local_batch_size: int, ranks: int) -> None:
     """Raise ValueError unless the global batch is a whole number of local batches on all ranks."""
     if global_batch_size % (local_batch_size * ranks):
@@ -220,13 +256,12 @@ def check_batch_sizes(global_batch_size: int, local_batch_size: int, ranks: int)
         )
 
 
-def _check_model(section: Mapping[str, Any]) -> None:
-    _check_choice(
-        "model.attn_implementation", section.get("attn_implementation", ATTENTION_BACKENDS[0]), ATTENTION_BACKENDS
-    )
+def _check_model(section_name: str, section: Mapping[str, Any]) -> None:
+    if section.get("attn_implementation") is not None:
+        _check_choice(f"{section_name}.attn_implementation", section["attn_implementation"], ATTENTION_BACKENDS)
     if section.get("block_size") is not None:
-        _check_count("model.block_size", section["block_size"])
-    key = "model.pretrained_model_name_or_path"
+        _check_count(f"{section_name}.block_size", section["block_size"])
+    key = f"{section_name}.pretrained_model_name_or_path"
     name = section.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{key} must name a checkpoint folder made by `nemo-bard convert`, got {name!r}")

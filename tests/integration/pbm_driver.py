@@ -1,6 +1,7 @@
-"""Runs ``recipes/pbm.yaml`` several times in one process: ``pbm_driver.py JOBS.json``.
+"""Runs ``recipes/pbm.yaml`` or ``swd.yaml`` several times in one process: ``pbm_driver.py JOBS.json``.
 
-A job is ``{"overrides": {dotted key: value}, "sigterm_at": step or null}``. Importing AutoModel takes longer than a run.
+A job is ``{"overrides": {dotted key: value}, "sigterm_at": step or null, "recipe": "pbm" or "swd"}``. Importing AutoModel
+takes longer than a run.
 """
 
 import gc
@@ -9,19 +10,28 @@ import os
 import signal
 import sys
 
+import torch
 from nemo_automodel.components.config.loader import load_yaml_config
 
 from nemo_bard.paths import recipes_dir
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.pbm import PBMRecipe
+from nemo_bard.train.swd import SWDRecipe
+
+RECIPES = {"pbm": PBMRecipe, "swd": SWDRecipe}
 
 
-def run(overrides, sigterm_at):
-    cfg = load_yaml_config(recipes_dir() / "pbm.yaml")
+def weights(model):
+    """This rank's part of every parameter."""
+    return [getattr(p, "to_local", lambda p=p: p)().detach().clone() for p in model.parameters()]
+
+
+def run(overrides, sigterm_at, recipe_name):
+    cfg = load_yaml_config(recipes_dir() / f"{recipe_name}.yaml")
     for key, value in overrides.items():
         cfg.set_by_dotted(key, value)
 
-    class Interrupted(PBMRecipe):
+    class Interrupted(RECIPES[recipe_name]):
         def _run_train_optim_step(self, batches, max_grad_norm=None):
             if self.step_scheduler.step == sigterm_at:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -29,7 +39,13 @@ def run(overrides, sigterm_at):
 
     recipe = Interrupted(cfg)
     recipe.setup()
+    anchor = recipe.anchor if recipe_name == "swd" else None
+    before = weights(anchor) if anchor is not None else []
     recipe.run_train_validation_loop()
+    if anchor is not None:
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(anchor), strict=True)), "the anchor is frozen"
+        assert all(p.grad is None for p in anchor.parameters())
+        assert not anchor.training
     assert recipe.step_scheduler.sigterm_flag == (sigterm_at is not None)
     recipe.step_scheduler.sig_handler.release()
     recipe.__dict__.clear()
@@ -41,4 +57,4 @@ if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
     for job in jobs:
-        run(job["overrides"], job.get("sigterm_at"))
+        run(job["overrides"], job.get("sigterm_at"), job.get("recipe", "pbm"))

@@ -1,0 +1,237 @@
+"""The SWD recipe: stage-wise distillation from a frozen small-block anchor (BARD, arXiv 2604.16514).
+
+The anchor reads the row that the student reads, noise included, under the mask of its own block size. Cross-entropy and
+distillation are unweighted means over the supervised tokens of the whole optimizer step. Everything else is the PBM
+recipe.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from nemo_automodel.components.loggers.metric_logger import MetricsSample
+from nemo_automodel.components.training.utils import ScopedModuleOffloading
+from nemo_automodel.recipes.vlm.finetune import build_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from nemo_bard.chunked import chunked_loss, chunked_top_k
+from nemo_bard.configuration import BardVLConfig
+from nemo_bard.layout import PADDING, check_anchor_block_size
+from nemo_bard.losses import DistillationLoss
+from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.train.pbm import PBMRecipe, StepTotals, run_main
+from nemo_bard.train.recipe_config import validate_recipe
+
+OVERRIDES = ("block_size", "mask_token_id")
+"""Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""
+SHARED_VISION_FIELDS = ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels")
+
+
+def read_config(section: Mapping[str, Any]) -> BardVLConfig:
+    """Configuration of the checkpoint that a recipe's ``model`` or ``anchor`` section names, overrides included."""
+    overrides = {key: section[key] for key in OVERRIDES if section.get(key) is not None}
+    return BardVLConfig.from_pretrained(section["pretrained_model_name_or_path"], **overrides)
+
+
+def check_anchor(student: BardVLConfig, anchor: BardVLConfig, loss: DistillationLoss) -> None:
+    """Check that the anchor can teach the student.
+
+    Raises:
+        ValueError: One line that names what does not fit.
+    """
+    check_anchor_block_size(student.block_size, anchor.block_size)
+    pairs = [
+        ("vocab_size", student.text_config.vocab_size, anchor.text_config.vocab_size),
+        *((key, getattr(student, key), getattr(anchor, key)) for key in ("mask_token_id", "image_token_id")),
+        *(
+            (key, getattr(student.vision_config, key), getattr(anchor.vision_config, key))
+            for key in SHARED_VISION_FIELDS
+        ),
+    ]
+    for key, ours, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(f"anchor: its {key} is {theirs}, the student's is {ours}; they must be equal")
+    if loss.kd_top_k > student.text_config.vocab_size:
+        raise ValueError(
+            f"loss_fn.kd_top_k must be at most the vocabulary's {student.text_config.vocab_size}, got {loss.kd_top_k}"
+        )
+
+
+def check_tokenizers(student: str, anchor: str) -> None:
+    """Raise ValueError unless both folders' tokenizers give every token the same id."""
+    vocabularies = []
+    for key, folder in (("model", student), ("anchor", anchor)):
+        try:
+            vocabularies.append(AutoTokenizer.from_pretrained(folder).get_vocab())
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{key}.pretrained_model_name_or_path: {folder} has no tokenizer ({reason})") from error
+    ours, theirs = vocabularies
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"anchor: its tokenizer differs from the student's in {len(different)} tokens, such as {token!r} with id"
+            f" {theirs.get(token)} instead of {ours.get(token)}; they must be equal"
+        )
+
+
+class SWDRecipe(PBMRecipe):
+    """PBM with a frozen anchor; see ``recipes/swd.yaml`` for its settings."""
+
+    loss_class = DistillationLoss
+
+    @classmethod
+    def validate_config(cls, raw: Mapping[str, Any]) -> None:
+        """Check a recipe before anything is built; configuration and tokenizer of both checkpoints are read.
+
+        Args:
+            raw: The recipe as plain dictionaries.
+
+        Raises:
+            ValueError: One line that names the key, its value and what is allowed.
+        """
+        validate_recipe(raw, with_anchor=True)
+        check_anchor(read_config(raw["model"]), read_config(raw["anchor"]), _read_loss(raw["loss_fn"]))
+        check_tokenizers(*(raw[key]["pretrained_model_name_or_path"] for key in ("model", "anchor")))
+
+    def setup(self) -> None:
+        """Build everything, then the anchor: sharded like the student, frozen, and in no checkpoint.
+
+        Raises:
+            ValueError: If the recipe or a checkpoint is not as it must be.
+        """
+        super().setup()
+        self.parts: list[Tensor] = []
+        anchor = build_model(
+            self.cfg.anchor,
+            cfg_freeze=None,
+            cfg_peft=None,
+            seed=self.seed,
+            distributed_setup=self.distributed_setup,
+        )
+        if not isinstance(anchor, BardVLForConditionalGeneration):
+            raise ValueError(
+                f"anchor: the checkpoint gave a {type(anchor).__name__}, not a BardVLForConditionalGeneration"
+            )
+        assert anchor.config.block_size == self.anchor_block_size
+        # Without CUDA there is nowhere to offload from.
+        self.offload_anchor = self.cfg.get("offload_anchor", False) and self.dist_env.device.type == "cuda"
+        self.anchor = anchor.to("cpu" if self.offload_anchor else self.dist_env.device).eval().requires_grad_(False)
+        self.untrack_state("anchor")
+
+    def _fill_defaults(self) -> None:
+        super()._fill_defaults()
+        raw = self.cfg.to_yaml_dict(use_orig_values=True)
+        for section in ("model", "anchor"):
+            # a null would be taken as an override of the folder's value
+            self.cfg.set_by_dotted(f"{section}.block_size", read_config(raw[section]).block_size)
+        self.anchor_block_size = self.cfg.get("anchor.block_size")
+        if self.cfg.get("anchor.attn_implementation", None) is None:
+            self.cfg.set_by_dotted("anchor.attn_implementation", self.cfg.get("model.attn_implementation"))
+        if self.cfg.get("anchor.torch_dtype", None) is None:
+            self.cfg.set_by_dotted("anchor.torch_dtype", str(self.compute_dtype).removeprefix("torch."))
+
+    def _collator_settings(self) -> dict[str, Any]:
+        return {"anchor_block_size": self.anchor_block_size}
+
+    # ------------------ one optimizer step ------------------
+    def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
+        """One weight for all supervised tokens: these losses are means over them."""
+        positions = batch["loss_mask"].flatten().nonzero().flatten()
+        weight = torch.full(positions.shape, 1 / max(totals.num_loss_tokens, 1))
+        return {**batch, "output_positions": positions, "output_weight": weight}
+
+    def _compute_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Loss of a weighed microbatch; its two parts are kept for the log."""
+        positions, weight = batch["output_positions"], batch["output_weight"]
+        labels = batch["labels"].flatten()[positions]
+        kd_mask = batch["anchor_block_ids"].flatten()[positions] != PADDING
+        top_logits, top_ids = self._anchor_top_k(batch)
+        parts = [torch.zeros(2, device=positions.device)]
+
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            out = self.loss_fn(
+                logits,
+                labels[part],
+                weight=weight[part],
+                anchor_top_logits=top_logits[part],
+                anchor_top_ids=top_ids[part],
+                kd_mask=kd_mask[part],
+            )
+            parts.append(torch.stack([out.ce, out.kd]).detach())
+            return out.loss
+
+        output_fn = partial(chunked_loss, loss=loss, chunk_tokens=self.loss_chunk_tokens)
+        total = model(**self._model_inputs(batch, self._model_config), output_fn=output_fn)
+        self.parts.append(torch.stack(parts).sum(0))
+        return total
+
+    @torch.no_grad()
+    def _anchor_top_k(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The anchor's largest logits at the supervised tokens and their ids, each ``[K, kd_top_k]``."""
+        output_fn = partial(chunked_top_k, k=self.loss_fn.kd_top_k, chunk_tokens=self.loss_chunk_tokens)
+        inputs = self._model_inputs({**batch, "block_ids": batch["anchor_block_ids"]}, self.anchor.config)
+        with ScopedModuleOffloading(self.anchor, enabled=self.offload_anchor):
+            top = self.anchor(**inputs, output_fn=output_fn)
+            for module in self.anchor.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # FSDP keeps some parameters whole for a backward that never comes
+        return top
+
+    def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
+        """Train one step and log the unweighted parts of its loss."""
+        self.parts.clear()
+        log_data = super()._run_train_optim_step(batches, max_grad_norm)
+        ce, kd = self._reduce_parts()
+        log_data.metrics.update(ce_loss=ce, kd_loss=kd)
+        return log_data
+
+    def _run_validation_epoch(self, val_dataloader: DataLoader) -> MetricsSample:
+        """PBM's, with the parts of the loss."""
+        self.parts.clear()
+        log_data = super()._run_validation_epoch(val_dataloader)
+        tokens = max(log_data.metrics["num_label_tokens"], 1)
+        ce, kd = self._reduce_parts()
+        log_data.metrics.update(val_ce_loss=ce / tokens, val_kd_loss=kd / tokens)
+        return log_data
+
+    def _reduce_parts(self) -> list[float]:
+        """Cross-entropy and distillation, summed over microbatches and ranks."""
+        return self._dp_allreduce(torch.stack(self.parts).double().sum(0), include_cp=True).tolist()
+
+
+def _read_loss(section: Mapping[str, Any]) -> DistillationLoss:
+    """Build the recipe's loss.
+
+    Raises:
+        ValueError: If it is another loss or a value is not allowed.
+    """
+    settings = {key: value for key, value in section.items() if key != "_target_"}
+    target = section["_target_"]
+    if isinstance(target, str):
+        module, _, name = target.rpartition(".")
+        target = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(target, type) and issubclass(target, DistillationLoss)):
+        raise ValueError(f"loss_fn._target_ must be nemo_bard.losses.DistillationLoss, got {section['_target_']}")
+    try:
+        return target(**settings)
+    except ValueError as error:
+        raise ValueError(f"loss_fn.{error}") from error
+
+
+def main(config_path: str | os.PathLike | None = None) -> None:
+    """Run the recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
+    run_main(SWDRecipe, config_path)
+
+
+if __name__ == "__main__":
+    main()
