@@ -79,7 +79,7 @@ class MediaSource:
             raise ValueError(f"video file {self.path} does not exist")
 
 
-def parse_record(record: Any, root_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def parse_record(record: object, root_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Turn one JSON object into a conversation whose images are still closed (``MediaSource``).
 
     Args:
@@ -120,7 +120,7 @@ def parse_record(record: Any, root_dir: Path) -> tuple[list[dict[str, Any]], dic
 
 
 def _parse_message(
-    message: Any, index: int, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
+    message: object, index: int, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
 ) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, dict):
@@ -146,7 +146,7 @@ def _parse_message(
 
 
 def _parse_part(
-    part: Any, where: str, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
+    part: object, where: str, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
 ) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise ValueError(f"{where} must be an object with 'type', got {_short(part)}")
@@ -183,7 +183,7 @@ def _split_placeholders(
     return parts
 
 
-def _media_source(kind: str, entry: Any, root_dir: Path) -> MediaSource:
+def _media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:
     """Read a path, a data URI, base64 text, or an object that holds one of them."""
     if isinstance(entry, dict):
         given = {key: entry[key] for key in _SOURCE_KEYS[kind] if entry.get(key) is not None}
@@ -331,7 +331,7 @@ def make_jsonl(
     return JsonlDataset(path, root_dir=root_dir, validate=validate, limit=limit)
 
 
-def _load_json(line: bytes) -> Any:
+def _load_json(line: bytes) -> object:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):
@@ -377,7 +377,7 @@ def _line_bounds(path: Path, limit: int | None) -> np.ndarray:
     return np.append(starts, offset).astype(np.int64)
 
 
-def _short(value: Any, width: int = 60) -> str:
+def _short(value: object, width: int = 60) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= width else f"{text[: width - 3]}..."
 

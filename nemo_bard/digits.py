@@ -7,6 +7,7 @@ levels), asks to read them, and answers row by row. No scan is used by two split
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,24 +39,33 @@ class DigitsConfig:
     """Digits in a row."""
     cell_size: int = 32
     """Side of a cell in pixels."""
+    margin: int = 3
+    """White border of a cell in pixels."""
     jitter: int = 0
-    """Largest shift of a digit inside its cell, in pixels, in both directions."""
-    column_separator: str = " "
-    """Text between two digits of a row of the answer."""
+    """Largest shift of a digit inside its cell, in pixels, in both directions; at most ``margin``."""
+    curriculum: int = 0
+    """Over the first ``curriculum`` samples the grids grow: sizes are drawn from 1 x 1 up to a bound that rises to
+    ``rows`` x ``columns``. A model that has to find 16 digits before it knows one learns slowly. Needs an unshuffled
+    data loader."""
+    column_separator: str = ""
+    """Text between two digits of a row of the answer. With none, a digit's position runs along the image's columns."""
     row_separator: str = "\n"
     """Text between two rows of the answer."""
     questions: tuple[str, ...] = QUESTIONS
     """Wordings of the question, drawn per sample."""
 
     def __post_init__(self) -> None:
-        for name, low in (("rows", 1), ("columns", 1), ("cell_size", 8), ("jitter", 0)):
+        lows = {"rows": 1, "columns": 1, "cell_size": 8, "margin": 0, "jitter": 0, "curriculum": 0}
+        for name, low in lows.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        if 2 * self.jitter > self.cell_size - 8:
+        if 2 * self.margin > self.cell_size - 8:
             raise ValueError(
-                f"jitter must be at most (cell_size - 8) / 2 = {(self.cell_size - 8) // 2}, got {self.jitter}"
+                f"margin must be at most (cell_size - 8) / 2 = {(self.cell_size - 8) / 2:g}, got {self.margin}"
             )
+        if self.jitter > self.margin:
+            raise ValueError(f"jitter must be at most margin = {self.margin}, got {self.jitter}")
         for name in ("column_separator", "row_separator"):
             if re.search(r"\d", getattr(self, name)):
                 raise ValueError(f"{name} must not hold a digit, got {getattr(self, name)!r}")
@@ -91,9 +101,8 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _cells(side: int) -> np.ndarray:
     """All scans as black ink on white, enlarged to ``side``: ``[1797, side, side]`` uint8."""
-    ink = 255.0 * (1.0 - _scans()[0] / _SCAN_LEVELS)
-    images = [Image.fromarray(np.uint8(np.round(scan))).resize((side, side), Image.Resampling.BILINEAR) for scan in ink]
-    return np.stack([np.asarray(image) for image in images])
+    ink = np.uint8(np.round(255.0 * (1.0 - _scans()[0] / _SCAN_LEVELS)))
+    return np.stack([np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)) for scan in ink])
 
 
 class DigitsDataset:
@@ -134,11 +143,10 @@ class DigitsDataset:
             raise IndexError(f"index {index} is outside a data set of {self.num_samples} samples")
         config = self.config
         rng = np.random.RandomState([self.seed, self._stream, index])
-        chosen = self._indices[rng.randint(len(self._indices), size=(config.rows, config.columns))]
+        chosen = self._indices[rng.randint(len(self._indices), size=self._grid(index, rng))]
         question = config.questions[rng.randint(len(config.questions))]
-        shifts = rng.randint(2 * config.jitter + 1, size=(config.rows, config.columns, 2))
         answer = self._answer(_scans()[1][chosen])
-        user = [{"type": "image", "image": self._draw(chosen, shifts)}, {"type": "text", "text": question}]
+        user = [{"type": "image", "image": self._draw(chosen, rng)}, {"type": "text", "text": question}]
         conversation = [
             {"role": "user", "content": user},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -149,12 +157,23 @@ class DigitsDataset:
         config = self.config
         return config.row_separator.join(config.column_separator.join(str(d) for d in row) for row in digits)
 
-    def _draw(self, chosen: np.ndarray, shifts: np.ndarray) -> Image.Image:
+    def _grid(self, index: int, rng: np.random.RandomState) -> tuple[int, int]:
+        """Rows and columns of a sample; only a sample of the curriculum draws them."""
+        full = (self.config.rows, self.config.columns)
+        if index >= self.config.curriculum:
+            return full
+        share = (index + 1) / self.config.curriculum
+        rows, columns = (rng.randint(1, math.ceil(share * size) + 1) for size in full)
+        return int(rows), int(columns)
+
+    def _draw(self, chosen: np.ndarray, rng: np.random.RandomState) -> Image.Image:
         config = self.config
-        side = config.cell_size - 2 * config.jitter
+        side = config.cell_size - 2 * config.margin
+        shifts = config.margin + rng.randint(-config.jitter, config.jitter + 1, size=(*chosen.shape, 2))
         cells = _cells(side)
-        canvas = np.full((config.rows * config.cell_size, config.columns * config.cell_size), 255, dtype=np.uint8)
-        for row, column in np.ndindex(config.rows, config.columns):
+        rows, columns = chosen.shape
+        canvas = np.full((rows * config.cell_size, columns * config.cell_size), 255, dtype=np.uint8)
+        for row, column in np.ndindex(rows, columns):
             top = row * config.cell_size + shifts[row, column, 0]
             left = column * config.cell_size + shifts[row, column, 1]
             canvas[top : top + side, left : left + side] = cells[chosen[row, column]]
@@ -167,7 +186,7 @@ def make_digits(
     *,
     seed: int = 0,
     questions: Sequence[str] | None = None,
-    **shape: Any,
+    **shape: int | str,
 ) -> DigitsDataset:
     """Build the ``digits`` data set; what an AutoModel recipe names as ``dataset: {_target_: ...}``.
 
@@ -176,7 +195,8 @@ def make_digits(
         num_samples: Samples in an epoch.
         seed: Seed of the grids.
         questions: Wordings of the question; ``QUESTIONS`` if None.
-        shape: Further fields of ``DigitsConfig``: ``rows``, ``columns``, ``cell_size``, ``jitter``, separators.
+        shape: Further fields of ``DigitsConfig``: ``rows``, ``columns``, ``cell_size``, ``margin``, ``jitter``,
+            ``curriculum``, ``column_separator``, ``row_separator``.
 
     Returns:
         A sized, map-style data set.

@@ -7,9 +7,13 @@ answers them, and one more place relies on the copy to it; where CUDA exists it 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from nemo_automodel.components.distributed.init_utils import DistInfo
 
 _MARK = "_nemo_bard_cpu"
 
@@ -42,7 +46,7 @@ def apply() -> None:
     finetune.calculate_loss = _contiguous_labels(finetune.calculate_loss)
 
 
-def normalise_device(dist_env: Any) -> None:
+def normalise_device(dist_env: DistInfo) -> None:
     """Make ``dist_env.device`` a ``torch.device``, in place.
 
     Upstream leaves None without CUDA, and the bare device number when the process group already exists (the second
@@ -55,7 +59,7 @@ def normalise_device(dist_env: Any) -> None:
         dist_env.device = torch.device("cuda", device)
 
 
-def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
+def _do_nothing(*_args: object, **_kwargs: object) -> None:
     """Stand in for ``torch.cuda.reset_peak_memory_stats``."""
 
 
@@ -64,18 +68,18 @@ def _device_zero() -> int:
     return 0
 
 
-def _on_cpu(function: Any) -> Any:
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         return function(*args, **{**kwargs, "device": torch.device("cpu")})
 
     setattr(wrapper, _MARK, True)
     return wrapper
 
 
-def _with_device(function: Any) -> Any:
+def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         dist_env = function(*args, **kwargs)
         normalise_device(dist_env)
         return dist_env
@@ -83,9 +87,9 @@ def _with_device(function: Any) -> Any:
     return wrapper
 
 
-def _contiguous_labels(function: Any) -> Any:
+def _contiguous_labels(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: object, **kwargs: object) -> object:
         return function(*args, **{**kwargs, "labels": kwargs["labels"].contiguous()})
 
     return wrapper

@@ -47,7 +47,7 @@ def test_sample_is_a_pure_function_of_seed_split_and_index():
 
 
 def test_picture_shows_the_digits_of_the_answer_in_order():
-    sample = make_digits("test", 4, rows=2, columns=3, cell_size=16)[1]
+    sample = make_digits("test", 4, rows=2, columns=3, cell_size=16, margin=0, column_separator=" ")[1]
     image, digits = pixels(sample), sample["answer"].split()
     assert image.shape == (32, 48, 3)
     assert len(digits) == 6
@@ -66,17 +66,33 @@ def test_conversation_has_the_contracts_form():
     assert [part["type"] for part in user["content"]] == ["image", "text"]
     assert user["content"][1]["text"] in QUESTIONS
     assert assistant == {"role": "assistant", "content": [{"type": "text", "text": sample["answer"]}]}
-    assert [len(row.split(" ")) for row in sample["answer"].split("\n")] == [4, 4, 4, 4]
+    assert [len(row) for row in sample["answer"].split("\n")] == [4, 4, 4, 4]
 
 
-def test_jitter_keeps_the_digit_inside_its_cell():
-    sample = make_digits("train", 3, rows=1, columns=1, jitter=4)[0]
-    image = pixels(sample)[..., 0]
-    ink = np.argwhere(image < 255)
-    assert image.shape == (32, 32)
-    assert np.ptp(ink, axis=0).max() < 24
-    others = {pixels(make_digits("train", 40, rows=1, columns=1, jitter=4)[i])[:4].tobytes() for i in range(40)}
-    assert len(others) > 1
+def test_jitter_shifts_the_digit_inside_its_cell():
+    plain = DigitsDataset("train", 40, config=DigitsConfig(rows=1, columns=1, margin=4))
+    moved = DigitsDataset("train", 40, config=DigitsConfig(rows=1, columns=1, margin=4, jitter=4))
+    shifts = set()
+    for index in range(40):
+        still, shifted = pixels(plain[index])[..., 0], pixels(moved[index])[..., 0]
+        assert plain[index]["answer"] == moved[index]["answer"]
+        rows, columns = np.nonzero(still < 255)
+        by = np.argwhere(shifted < 255).min(0) - (rows.min(), columns.min())
+        assert np.array_equal(np.roll(still, tuple(by), (0, 1)), shifted)
+        shifts.add(tuple(by))
+    assert len(shifts) > 20
+    assert np.abs(list(shifts)).max() == 4
+
+
+def test_curriculum_grows_from_one_digit_to_the_full_grid():
+    data = make_digits("train", 500, curriculum=400)
+    sizes = [tuple(np.asarray(pixels(data[i]).shape[:2]) // 32) for i in range(500)]
+    assert set(sizes[:100]) == {(1, 1)}
+    assert set(sizes[100:200]) == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert {size for size in sizes[300:400] if 4 in size}
+    assert set(sizes[400:]) == {(4, 4)}
+    for index in (0, 150, 399, 450):
+        assert tuple(sizes[index]) == (len(rows := data[index]["answer"].split("\n")), len(rows[0]))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +103,8 @@ def test_jitter_keeps_the_digit_inside_its_cell():
         ({"seed": -1}, "seed must be"),
         ({"rows": 0}, "rows must be"),
         ({"cell_size": 4}, "cell_size must be"),
-        ({"jitter": 13}, "jitter must be at most"),
+        ({"jitter": 4}, "jitter must be at most margin = 3"),
+        ({"margin": 13}, "margin must be at most"),
         ({"row_separator": "0"}, "row_separator must not hold a digit"),
         ({"questions": []}, "questions must be"),
         ({"colour": "red"}, "unknown key 'colour'"),
