@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 DEFAULT_CHUNK_TOKENS = 256
-"""Tokens whose logits exist at once: with 151,936 ids about 0.6 GiB of float32 for logits, loss and gradient."""
+"""Tokens whose logits exist at once: with 151,936 ids about 0.45 GiB of float32 for log-probabilities and gradients."""
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """``(logits [C, V], which of the K tokens they belong to) -> scalar``; the loss is the sum over all chunks."""
@@ -114,6 +114,33 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+class _Logits(torch.autograd.Function):
+    """Logits whose gradient is turned into those of the inputs on the spot.
+
+    Nobody but the loss holds the logits, so that they are gone when their gradient comes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, inputs: Tensor, weight: Tensor, grads: tuple[Tensor | None, ...]) -> Tensor:  # noqa: ANN401
+        """``inputs @ weight.T``; ``start`` makes it differentiable, ``grads`` are ``inputs``' and ``weight``'s."""
+        del start
+        ctx.inputs, ctx.weight, ctx.grads = inputs, weight, grads
+        return inputs @ weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logits_grad: Tensor) -> tuple[None, None, None, None]:  # noqa: ANN401
+        """Write the gradient of ``inputs``, add to that of ``weight``."""
+        inputs_grad, weight_grad = ctx.grads
+        if inputs_grad is not None:
+            inputs_grad.copy_(logits_grad @ ctx.weight)
+        if weight_grad is not None and weight_grad.dtype == logits_grad.dtype:
+            weight_grad.addmm_(logits_grad.T, ctx.inputs)
+        elif weight_grad is not None:
+            weight_grad += logits_grad.T @ ctx.inputs
+        return None, None, None, None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients of all chunks; backward only scales the gradients."""
 
@@ -125,24 +152,18 @@ class _ChunkedLoss(torch.autograd.Function):
         dense = weight.detach().to(dtype)
         # The products of a chunk: autocast would cast (and keep) the weight again for each of them.
         with torch.autocast(weight.device.type, enabled=False):
-            hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+            hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
             weight_grad = torch.zeros_like(dense, dtype=sum_dtype) if needs_weight else None
             total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+            start = torch.zeros((), device=hidden.device, requires_grad=True)
             for part in chunks(len(hidden), chunk_tokens):
                 inputs = hidden[part].detach().to(dtype)
-                logits = (inputs @ dense.T).requires_grad_()
+                grads = (None if hidden_grad is None else hidden_grad[part], weight_grad)
                 with torch.enable_grad():
-                    value = loss(logits, part)
-                (logits_grad,) = torch.autograd.grad(value, logits)
+                    value = loss(_Logits.apply(start, inputs, dense, grads), part)
+                torch.autograd.grad(value, start, allow_unused=True)
                 total += value.detach()
-                del logits, value
-                if needs_hidden:
-                    hidden_grad[part] = logits_grad @ dense
-                if needs_weight and dtype == sum_dtype:
-                    weight_grad.addmm_(logits_grad.T, inputs)
-                elif needs_weight:
-                    weight_grad += logits_grad.T @ inputs
-                del logits_grad
+                del value
         ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return total
 

@@ -1,5 +1,7 @@
 """Chunked losses equal those of full logits, and no tensor of the size of the logits ever exists."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,17 +14,18 @@ TOKENS, HIDDEN, VOCABULARY = 37, 24, 1001
 
 
 class LargestTensor(TorchDispatchMode):
-    """Most elements of any tensor that an operation makes."""
+    """Most elements of any tensor that an operation makes, and all shapes."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements, self.shapes = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
+                self.shapes.add(tuple(leaf.shape))
         return out
 
 
@@ -194,8 +197,16 @@ def test_model_gives_the_gradients_of_full_logits(golden_dir, name):
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    full = loss_fn(model(**call).logits, labels, weight=weight)
-    chunked = model(**call, output_fn=lambda h, w: chunked_loss(h, w, function, chunk_tokens=3))
+    with LargestTensor() as everything:
+        full = loss_fn(model(**call).logits, labels, weight=weight)
+    with LargestTensor() as probe:
+        chunked = model(**call, output_fn=lambda h, w: chunked_loss(h, w, function, chunk_tokens=3))
+        values, _ = model(**call, output_fn=lambda h, w: chunked_top_k(h, w, k=4, chunk_tokens=3))
+    size, width = model.config.text_config.vocab_size, model.config.text_config.hidden_size
+    rows = lambda shapes: {math.prod(shape[:-1]) for shape in shapes if shape and shape[-1] == size}  # noqa: E731
+    assert 7 in rows(everything.shapes)
+    assert rows(probe.shapes) <= {1, 3, width}, "chunks of 3, 3 and 1 tokens, and the transposed weight"
+    torch.testing.assert_close(values, model(**call).logits.topk(4).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(chunked, full, rtol=1e-5, atol=0)
     expected, found = gradients(full), gradients(chunked)
     assert expected.keys() == found.keys()
