@@ -47,7 +47,10 @@ def check_anchor(student: BardVLConfig, anchor: BardVLConfig, loss: Distillation
     Raises:
         ValueError: One line that names what does not fit.
     """
-    check_anchor_block_size(student.block_size, anchor.block_size)
+    try:
+        check_anchor_block_size(student.block_size, anchor.block_size)
+    except ValueError as error:
+        raise ValueError(f"anchor.block_size: {error}") from error
     pairs = [
         ("vocab_size", student.text_config.vocab_size, anchor.text_config.vocab_size),
         *((key, getattr(student, key), getattr(anchor, key)) for key in ("mask_token_id", "image_token_id")),
