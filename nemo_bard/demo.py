@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -32,8 +33,8 @@ class DemoConfig:
 
     output: Path
     source_steps: int
-    stage_steps: tuple[tuple[int, int], ...]
-    """Block size and optimizer steps of each stage, in order."""
+    stages: tuple[tuple[int, int, float], ...]
+    """Block size, optimizer steps and peak learning rate of each stage, in order."""
     samples: int
     """Held-out images read by every model."""
     confidence_threshold: float = 0.9
@@ -41,10 +42,10 @@ class DemoConfig:
     """Further overrides of the recipes."""
 
 
-FULL = {"source_steps": 300, "stage_steps": ((4, 150), (8, 150)), "samples": 128}
+FULL = {"source_steps": 700, "stages": ((4, 300, 1.5e-3), (8, 200, 1.0e-3)), "samples": 256}
 SMALL = {
     "source_steps": 3,
-    "stage_steps": ((4, 3), (8, 3)),
+    "stages": ((4, 3, 1e-3), (8, 3, 1e-3)),
     "samples": 2,
     "overrides": (
         "lr_scheduler.lr_warmup_steps=1",
@@ -68,7 +69,9 @@ def run(title: str, words: list[str]) -> float:
     """
     say(f"\n== {title}\n$ {shlex.join(words)}")
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *words[1:]], check=False).returncode
+    # One thread: the model is tiny, and several threads stall whenever something else uses the cores.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
+    code = subprocess.run([sys.executable, *words[1:]], check=False, env=environment).returncode
     if code:
         raise RuntimeError(f"{title} failed with exit code {code}: {shlex.join(words)}")
     seconds = time.perf_counter() - start
@@ -108,7 +111,7 @@ def train(config: DemoConfig) -> dict[str, float]:
         ],
     )
     previous = out / "start"
-    first_block = config.stage_steps[0][0]
+    first_block = config.stages[0][0]
     seconds["convert"] = run(
         "conversion",
         [
@@ -121,7 +124,7 @@ def train(config: DemoConfig) -> dict[str, float]:
             str(first_block),
         ],
     )
-    for block_size, steps in config.stage_steps:
+    for block_size, steps, lr in config.stages:
         folder = out / f"b{block_size}"
         seconds[f"b{block_size}"] = run(
             f"block diffusion, B = {block_size}",
@@ -132,6 +135,7 @@ def train(config: DemoConfig) -> dict[str, float]:
                 f"model.block_size={block_size}",
                 f"checkpoint.checkpoint_dir={folder}",
                 f"step_scheduler.max_steps={steps}",
+                f"optimizer.lr={lr}",
                 *config.overrides,
             ],
         )
@@ -160,7 +164,7 @@ def measure(config: DemoConfig) -> list[dict[str, Any]]:
     source.generation_config.eos_token_id = end
     rows = []
     stages: list[tuple[str, int, Any]] = [("source (autoregressive)", 1, source.eval())]
-    for block_size, _ in config.stage_steps:
+    for block_size, *_ in config.stages:
         folder = config.output / f"b{block_size}" / EXPORT
         stages.append((f"B = {block_size}", block_size, folder))
     say("\n== reading held-out digits")
@@ -237,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"\n{text}\n")
     say(f"{config.samples} held-out images, one at a time. Picture: {config.output / 'answers.png'}")
     say(
-        f"Try it: nemo-bard generate --model {config.output / f'b{config.stage_steps[-1][0]}' / EXPORT} "
+        f"Try it: nemo-bard generate --model {config.output / f'b{config.stages[-1][0]}' / EXPORT} "
         "--image YOUR.png --prompt 'Read the digits.'"
     )
     say(f"{total / 60:.1f} minutes")

@@ -1,4 +1,4 @@
-"""Model shapes: the released Qwen3-VL sizes and a tiny one, as configurations without weights.
+"""Model shapes: the released Qwen3-VL sizes, a tiny one, and one with Qwen3-VL's vocabulary that a CPU can measure.
 
 The numbers are those of the published ``config.json`` files of Qwen3-VL 2B, 4B and 8B.
 """
@@ -55,6 +55,26 @@ _SHAPES: dict[str, dict[str, Any]] = {
         },
         "mrope_section": [8, 4, 4],
         "tie": True,
+    },
+    "cpu": {
+        "text": {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "max_position_embeddings": 32768,
+        },
+        "vision": {
+            "depth": 4,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_heads": 4,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        "mrope_section": [12, 10, 10],
+        "tie": False,
     },
     "2b": {
         "text": {
