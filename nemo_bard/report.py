@@ -175,6 +175,7 @@ def draw_losses(records: Sequence[StageRecord], path: Path) -> None:
     """One panel per trained stage: loss of every step, its running mean, and the validation loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     trained = [record for record in records if record.steps]
     columns = min(3, len(trained))
@@ -193,12 +194,14 @@ def draw_losses(records: Sequence[StageRecord], path: Path) -> None:
                 "o",
                 color=SECOND,
                 markersize=4,
+                clip_on=False,
                 label="validation",
             )
             axes.legend(frameon=False, fontsize=7)
         title = record.name + (f" (B = {record.block_size})" if record.block_size else "")
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e9ed", linewidth=0.7)

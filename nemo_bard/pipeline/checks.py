@@ -66,16 +66,13 @@ def _check_anchor(stage: Stage, job: Job) -> None:
         if read_model_type(folder) != "bard_vl":
             raise ValueError(f"{where}: an anchor must be a BARD folder; make one with `nemo-bard convert` and PBM")
         size = int(json.loads((folder / "config.json").read_text())["block_size"])
-        source = job.model["source"]
-        if source and Path(source).is_dir():
-            from nemo_bard.train.swd import check_tokenizers
-
-            try:
-                check_tokenizers(source, str(folder))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
     try:
         check_anchor_block_size(stage.block_size, size)
+        source = job.model["source"]
+        if source and Path(source).is_dir() and Path(name).is_dir():
+            from nemo_bard.train.swd import check_tokenizers
+
+            check_tokenizers(source, name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

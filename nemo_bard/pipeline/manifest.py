@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ MANIFEST, STARTED, STAGE_YAML, PROGRESS, EVAL = (
     "manifest.json", "started.json", "stage.yaml", "progress.json", "eval.json",
 )  # fmt: skip
 IDENTITY, COMPOSED, LOCK = "pipeline.json", "pipeline.yaml", ".lock"
+LOCK_WAIT_SECONDS = 20.0
+"""Workers of the data loaders of a killed run notice its end within seconds; they hold the lock until then."""
 EXPORTED = Path("model/consolidated")
 INCOMPLETE = ".incomplete"
 """Upstream's mark of a checkpoint that is being written (components/checkpoint/utils.py, 0.7.0)."""
@@ -99,12 +102,17 @@ def locked(run_dir: Path) -> Iterator[None]:
     import fcntl
 
     run_dir.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
     with (run_dir / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
+                time.sleep(0.5)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -112,7 +120,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a run holds the directory now (seen from this machine)."""
+    """Whether a run on this machine holds the directory now."""
     import fcntl
 
     try:
@@ -123,6 +131,12 @@ def is_locked(run_dir: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def ran_here(run_dir: Path) -> bool:
+    """Whether the last run was on this machine, so that its lock can be relied on."""
+    file = run_dir / LOCK
+    return not file.is_file() or file.read_text().rpartition(" on ")[2] == os.uname().nodename
 
 
 # ------------------ digests ------------------
@@ -243,7 +257,7 @@ def check_same(stage: Stage, job: Job, old: Mapping[str, Any], new: Mapping[str,
     difference = first_difference(old["config"], new["config"])
     if difference:
         key, before, now = difference
-        raise ValueError(f"stage {stage.name} was {state} with {key}={before!r}, now {key}={now!r}; {advice}")
+        raise ValueError(f"stage {stage.name} was {state} with {key}={before!r}, now it is {now!r}; {advice}")
     if not job.allow_version_change:
         for package, version in new["versions"].items():
             if old["versions"].get(package) != version:
@@ -260,13 +274,15 @@ def check_same(stage: Stage, job: Job, old: Mapping[str, Any], new: Mapping[str,
 
 def first_difference(old: object, new: object, prefix: str = "") -> tuple[str, object, object] | None:
     """Return the first dotted key at which two nested values differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
+    if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping) and (old or new):
+        old, new = old or {}, new or {}
         for key in [*new, *(key for key in old if key not in new)]:
             found = first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
             if found:
                 return found
         return None
-    return None if old == new else (prefix.removeprefix("recipe."), old, new)
+    same = old == new or (old in (None, {}) and new in (None, {}))  # a section may have lost all its compared keys
+    return None if same else (prefix.removeprefix("recipe."), old, new)
 
 
 # ------------------ finished stages ------------------

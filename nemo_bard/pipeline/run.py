@@ -7,6 +7,7 @@ write its manifest; score it. Rank 0 writes, all ranks follow its decisions.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,7 @@ class Pipeline:
         finally:
             self._held.close()
             self.world.stop.release()
+            logging.disable(logging.NOTSET)
 
     def _run_stage(self, stage: Stage) -> bool:
         """Bring one stage to its end and score it; False if a signal came first."""
@@ -265,9 +267,12 @@ def check_early(job: Job) -> None:
 
 
 def quiet() -> None:
-    """Let NeMo AutoModel's account of every step go to the metrics files alone, and the console keep its progress bar."""
-    for name in ("nemo_automodel", "root"):
-        logging.getLogger(None if name == "root" else name).setLevel(logging.WARNING)
+    """Keep the console for one progress bar per stage: upstream's account of every step is in the metrics files anyway.
+
+    Recipes set the level of the root logger when they start, hence the switch for the whole process.
+    """
+    if os.environ.get("NEMO_BARD_DEBUG") != "1":
+        logging.disable(logging.INFO)
 
 
 def dump(value: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from nemo_bard.pipeline import manifest as files
 from nemo_bard.report import duration
 
 STALE_SECONDS = 300.0
+FRESH_SECONDS = 60.0
+"""A run on another machine, whose lock may not be seen here, is taken to go on if its progress is as young as this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +67,11 @@ def read_status(run_dir: Path) -> RunStatus:
     config = yaml.safe_load((run_dir / files.COMPOSED).read_text()) if (run_dir / files.COMPOSED).is_file() else {}
     outputs = {name: section.get("output") or name for name, section in (config.get("stage") or {}).items()}
     folders = {name: run_dir / outputs.get(name, name) for name in identity["stages"]}
-    ages = [
-        time.time() - (p / files.PROGRESS).stat().st_mtime for p in folders.values() if (p / files.PROGRESS).is_file()
-    ]
+    written = [file.stat().st_mtime for folder in folders.values() if (file := folder / files.PROGRESS).is_file()]
     running = files.is_locked(run_dir)
+    if not running and not files.ran_here(run_dir):
+        running = time.time() - max(written, default=0.0) < FRESH_SECONDS
     stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
-    unfinished = any(stage.state in ("running", "stopped") for stage in stages)
-    if not running and unfinished and min(ages, default=STALE_SECONDS) < 10.0:
-        running = True
-        stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
     return RunStatus(
         pipeline=identity["pipeline"], stages=stages, running=running, reported=(run_dir / "report.html").is_file()
     )

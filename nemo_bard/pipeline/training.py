@@ -80,7 +80,7 @@ def final_export(stage: Stage) -> Path | None:
 
 
 class Watch:
-    """Follows a recipe through two of its methods: what it logs per step, and when it saves.
+    """Follows a recipe through its methods: what it logs per step, and when it saves.
 
     Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk with every checkpoint, so
     that they never fall behind it.
@@ -96,9 +96,11 @@ class Watch:
         self.last = self.written = time.monotonic()
 
     def start(self) -> None:
-        """Put the two methods in between."""
+        """Put the methods in between."""
         if not self.is_main:
             return
+        make_bar = self.recipe._make_progress_bar
+        self.recipe._make_progress_bar = lambda *args, **kwargs: titled(make_bar(*args, **kwargs), self.stage.name)
         log, save = self.recipe.log_train_metrics, self.recipe.save_checkpoint
         self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
         self.recipe.save_checkpoint = lambda *args, **kwargs: (self.flush(), save(*args, **kwargs))[1]
@@ -142,6 +144,13 @@ class Watch:
                 "time": time.time(),
             },
         )
+
+
+def titled(bar: Any, name: str) -> Any:  # noqa: ANN401
+    """Give upstream's progress bar (rank 0 only) the name of the stage."""
+    if bar is not None:
+        bar.set_description(name)
+    return bar
 
 
 def resident_gib() -> float:
