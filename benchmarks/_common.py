@@ -119,7 +119,7 @@ def write_results(name: str, output: Path | None, payload: dict[str, Any]) -> Pa
     return path
 
 
-def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: int, seed: int) -> dict[str, Tensor]:
+def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: int, seed: int) -> dict[str, Tensor]:  # noqa: ANN401
     """Random prompts of ``prompt_tokens`` tokens, ``image_tokens`` of them one image each (0 for none).
 
     Args:
