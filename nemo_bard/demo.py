@@ -154,6 +154,7 @@ def measure(config: DemoConfig) -> list[dict[str, Any]]:
     from nemo_bard.model import BardVLForConditionalGeneration
     from nemo_bard.visualize_picture import draw_answers
 
+    torch.set_num_threads(1)  # as in training
     dataset = make_digits("test", config.samples)
     processor = AutoProcessor.from_pretrained(config.output / "tiny")
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
