@@ -199,7 +199,8 @@ def check_run_dir(job: Job) -> None:
     """
     identity = files.read_json(job.run_dir / files.IDENTITY)
     if identity is None:
-        strangers = [p.name for p in job.run_dir.iterdir() if p.name != files.LOCK] if job.run_dir.is_dir() else []
+        own = (job.run_dir / files.LOCK, Path(job.launch.get("folder", files.LOCK)).absolute())
+        strangers = [p.name for p in job.run_dir.iterdir() if p not in own] if job.run_dir.is_dir() else []
         if strangers:
             raise ValueError(f"run_dir {job.run_dir} holds {strangers[0]} and is no run of a pipeline; use another")
     elif identity["pipeline"] != job.name:

@@ -75,6 +75,18 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(path: Path) -> None:
+    """Bring every file of a folder, and their names, onto the disk."""
+    for entry in [path, *path.rglob("*")]:
+        if entry.is_symlink():
+            continue
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON object, or None if there is no such file.
 
@@ -336,9 +348,7 @@ def link_export(source: Path, target: Path) -> None:
             place = folder / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, place)
-            with place.open("rb") as handle:
-                os.fsync(handle.fileno())
-        sync_folder(folder)
+        sync_tree(folder)
     sync_folder(target.parent)
 
 

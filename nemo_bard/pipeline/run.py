@@ -25,7 +25,7 @@ from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
 from nemo_bard.pipeline.plan import Job, Stage, make_job
 from nemo_bard.pipeline.training import final_export, train
-from nemo_bard.pipeline.world import Preempted, World
+from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
 from nemo_bard.report import duration, write_report
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Pipeline:
         Raises:
             ValueError: If anything is wrong; nothing has been trained or overwritten then.
         """
+        die_with_launcher()
         self.world.stop.install()
         quiet()
         self.world.connect(self.job.launch["timeout_minutes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -82,45 +83,56 @@ def final_export(stage: Stage) -> Path | None:
 class Watch:
     """Follows a recipe through its methods: what it logs per step, and when it saves.
 
-    Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk with every checkpoint, so
-    that they never fall behind it.
+    Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk before every checkpoint does,
+    and a checkpoint's files before its publication.
     """
 
     def __init__(self, recipe: Any, stage: Stage, world: World) -> None:  # noqa: ANN401
-        self.recipe, self.stage, self.is_main = recipe, stage, world.is_main
+        self.recipe, self.stage, self.world, self.is_main = recipe, stage, world, world.is_main
         before = (files.read_json(stage.folder / files.PROGRESS) or {}) if world.is_main else {}
         self.seconds = float(before.get("seconds", 0.0))
         self.host_memory = float(before.get("host_memory_gib", 0.0))
         self.device_memory = float(before.get("device_memory_gib", 0.0))
         self.step_seconds: float | None = None
+        self.sample: Any = None
         self.last = self.written = time.monotonic()
 
     def start(self) -> None:
         """Put the methods in between."""
+        lifecycle = self.recipe.checkpointer.lifecycle
+        publish = lifecycle.publish
+        lifecycle.publish = lambda path, **kwargs: (self.settle(path), publish(path, **kwargs))[1]
         if not self.is_main:
             return
         make_bar = self.recipe._make_progress_bar
         self.recipe._make_progress_bar = lambda *args, **kwargs: titled(make_bar(*args, **kwargs), self.stage.name)
         log, save = self.recipe.log_train_metrics, self.recipe.save_checkpoint
         self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
-        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.flush(), save(*args, **kwargs))[1]
+        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.saving(), save(*args, **kwargs))[1]
         self.write(None)
 
-    def flush(self) -> None:
-        """Bring the metrics of all steps so far onto the disk."""
+    def settle(self, path: str) -> None:
+        """Bring a written checkpoint onto the disk on every machine, before it counts as whole."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            files.sync_tree(Path(path))
+        self.world.barrier()
+
+    def saving(self) -> None:
+        """Bring the metrics of all steps so far onto the disk, and the progress up to date."""
+        self.write(self.sample)
         for name in ("metric_logger_train", "metric_logger_valid"):
             getattr(self.recipe, name).flush()
 
     def step(self, sample: Any) -> None:  # noqa: ANN401
         """Note one finished step."""
+        self.sample = sample
         now = time.monotonic()
         duration, self.last = now - self.last, now
         self.seconds += duration
         self.step_seconds = duration if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * duration
         self.host_memory = max(self.host_memory, resident_gib())
         self.device_memory = max(self.device_memory, float(sample.metrics.get("mem", 0.0)))
-        scheduler = self.recipe.step_scheduler
-        if now - self.written >= 2.0 or scheduler.step + 1 >= scheduler.max_steps:
+        if now - self.written >= 2.0:
             self.write(sample)
 
     def write(self, sample: Any) -> None:  # noqa: ANN401

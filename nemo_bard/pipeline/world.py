@@ -5,15 +5,19 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import pickle
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from nemo_bard.launch import PREEMPTION_SIGNALS, under_torchrun
+from nemo_bard.launch import EXIT_USER_ERROR, PREEMPTION_SIGNALS, under_torchrun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+PR_SET_PDEATHSIG = 1
 
 
 class Preempted(Exception):
@@ -42,6 +46,25 @@ class StopSignal:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         logger.warning("received %s: stopping at the next step", signal.Signals(number).name)
         self.received = True
+
+
+def _travels(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+def die_with_launcher() -> None:
+    """Let the kernel end this worker if torchrun is killed (Linux).
+
+    Otherwise workers would train on without anyone waiting for them, and hold the run directory.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class World:
@@ -78,7 +101,7 @@ class World:
         """Run ``function`` on rank 0 and return its result, which must be picklable, on every rank.
 
         Raises:
-            Exception: What it raised, on every rank.
+            Exception: What it raised, on every rank; if that is the user's to mend, the other ranks end in silence.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -87,12 +110,14 @@ class World:
             except Exception as error:
                 if self.size == 1:
                     raise
-                outcome = [None, error]
+                outcome = [None, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")]
         if self.size > 1:
             import torch
 
             torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
+            if isinstance(outcome[1], USER_ERRORS) and not self.is_main:
+                raise SystemExit(EXIT_USER_ERROR)  # rank 0 tells it
             raise outcome[1]
         return outcome[0]
 

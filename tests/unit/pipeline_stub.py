@@ -62,6 +62,8 @@ class StubRecipe:
         self.model_parts[0].register_forward_hook(lambda *_: self)  # a cycle
         self.optimizer = [torch.optim.SGD(self.model_parts[0].parameters())]
         self.dataloader = self.val_dataloader = None
+        publish = SimpleNamespace(publish=lambda path: (Path(path) / ".incomplete").unlink())
+        self.checkpointer = SimpleNamespace(lifecycle=publish)
         self.metric_logger_train = Log(self.out / "training.jsonl")
         self.metric_logger_valid = Log(self.out / "validation.jsonl")
         restore = self.cfg.get("checkpoint.restore_from", None)
@@ -113,7 +115,7 @@ class StubRecipe:
             config = {"model_type": "bard_vl", "block_size": self.block}
             (consolidated / "config.json").write_text(json.dumps(config))
             save_file({"weight": self.weight}, consolidated / "model.safetensors")
-        (folder / ".incomplete").unlink()
+        self.checkpointer.lifecycle.publish(str(folder))
 
 
 class Log:

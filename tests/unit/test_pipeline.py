@@ -212,6 +212,7 @@ def test_preempted_with_a_checkpoint_and_its_own_exit_code(undisturbed, number, 
     done = len(StubRecipe.trained)
     status = read_status(Path("runs/stub"))
     assert status.needs_resume
+    assert sum(stage.steps or 0 for stage in status.stages) == done
     assert "run the same command again" in render(status, Path("runs/stub"))
     assert run() == 0
     assert weights() == undisturbed

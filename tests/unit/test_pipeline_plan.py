@@ -155,6 +155,21 @@ def test_own_configuration_folder(tmp_path, monkeypatch):
         job("bard_b32", "data=my_data")
 
 
+def test_chain_of_a_users_own_as_in_the_documentation(tmp_path, monkeypatch):
+    page = (recipes_dir().parent / "docs" / "pipeline.md").read_text()
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "my_chain.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "my_recipe.yaml").write_text((recipes_dir() / "pbm.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(
+        "recipe: nemo_bard.pipeline.Pipeline\npipeline: my_chain\noverrides: [data=digits]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    chain = make_job(compose(read_words(Path("mine.yaml"), [])))
+    assert (chain.name, [stage.name for stage in chain.stages]) == ("my_chain", ["start", "pbm_b4", "pbm_b8", "polish"])
+    assert chain.stage("polish").recipe["model"]["block_size"] == 16
+    assert chain.stage("polish").recipe["dataset"]["_target_"] == "nemo_bard.digits.make_digits"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
