@@ -58,16 +58,29 @@ def run_torchrun(
     Returns:
         The exit code; a worker that failed has told why.
     """
+    command = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={grace_seconds}"]
+    command += [f"--signals-to-handle={FORWARDED_SIGNALS}", "-m", "nemo_bard.cli"]
+    return supervise([*command, "finetune", "--config", str(config_path), *words], resumable=resumable)
+
+
+def supervise(arguments: Sequence[str], *, resumable: bool) -> int:
+    """Run torchrun in this process and make one exit code of what its workers say.
+
+    Args:
+        arguments: torchrun's own.
+        resumable: Whether a run that a preemption signal ended can be gone on with (``EXIT_PREEMPTED``).
+
+    Returns:
+        0, ``EXIT_USER_ERROR``, ``EXIT_PREEMPTED``, 128 + a signal, or 1; torchrun's own script knows 0 and 1 only.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
-    command = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={grace_seconds}"]
-    command += [f"--signals-to-handle={FORWARDED_SIGNALS}", "-m", "nemo_bard.cli"]
-    command += ["finetune", "--config", str(config_path), *words]
+    parsed = get_args_parser().parse_args(list(arguments))
     try:
-        torchrun(get_args_parser().parse_args(command))
+        torchrun(parsed)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         _, first = error.get_first_failure()
@@ -75,7 +88,9 @@ def run_torchrun(
             return EXIT_USER_ERROR
         if EXIT_PREEMPTED in codes:
             return EXIT_PREEMPTED
-        sys.stderr.write(f"error: worker {first.local_rank} of {processes} ended with exit code {first.exitcode}\n")
+        sys.stderr.write(
+            f"error: worker {first.local_rank} of {parsed.nproc_per_node} ended with exit code {first.exitcode}\n"
+        )
         return 1
     except SignalException as error:
         sys.stderr.write(f"error: stopped by {error.sigval.name}\n")
@@ -124,5 +139,21 @@ def run_local(
     return 0
 
 
-LAUNCHERS: dict[str, Launcher] = {"local": Launcher((), run_local)}
+def run_slurm(
+    settings: Mapping[str, Any], stages: Sequence[str], config_path: Path, words: Sequence[str], processes: int | None
+) -> int:
+    """Write the script of a Slurm job and submit it; see ``nemo_bard.slurm.submit``."""
+    from nemo_bard.slurm import submit
+
+    return submit(settings, stages, config_path, words, processes)
+
+
+SLURM_KEYS = (
+    "nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "time", "job_name", "folder", "submit",
+    "max_requeues", "max_failures", "python", "modules", "setup", "container", "container_mounts", "sbatch",
+)  # fmt: skip
+LAUNCHERS: dict[str, Launcher] = {"local": Launcher((), run_local), "slurm": Launcher(SLURM_KEYS, run_slurm)}
 """``launch.name`` -> launcher."""
+
+if __name__ == "__main__":  # torchrun with the exit codes above: what a Slurm job runs on every node
+    sys.exit(supervise(sys.argv[1:], resumable=True))

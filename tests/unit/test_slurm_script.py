@@ -1,0 +1,279 @@
+"""The script of a Slurm job: what it says, what its bash does with exit codes and signals, and what is refused."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_bard import launch, slurm
+from nemo_bard.paths import conf_dir
+
+STAGES = ("start", "pbm_b4", "report")
+RECIPE = Path("/recipes/bard b32.yaml")
+
+
+def settings(folder, **changed):
+    section = yaml.safe_load((conf_dir() / "launch" / "slurm.yaml").read_text())
+    return {**section, "job_name": "bard_b32", "folder": str(folder), **changed}
+
+
+def script(folder, words=(), processes=None, **changed):
+    section = settings(folder, **changed)
+    slurm.check(section)
+    return slurm.script(section, STAGES, RECIPE, words, processes)
+
+
+def directives(text):
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_the_section_has_the_launchers_keys():
+    assert set(settings("x")) == {*launch.COMMON_KEYS, *launch.LAUNCHERS["slurm"].keys}
+
+
+def test_defaults_name_only_what_is_set(tmp_path):
+    assert directives(script(tmp_path)) == [
+        "--job-name=bard_b32",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--signal=B:USR1@660",
+        f"--output={tmp_path}/%j.log",
+        "--open-mode=append",
+        "--requeue",
+    ]
+
+
+def test_everything_that_can_be_set_is_in_the_script(tmp_path):
+    text = script(
+        tmp_path,
+        ["run_dir=my runs", "data.path=$HOME"],
+        nodes=4,
+        gpus_per_node=8,
+        cpus_per_task=64,
+        partition="gpu,long",
+        account="lab-1",
+        time="1-02:00:00",
+        grace_seconds=300,
+        modules=["cuda/12.8"],
+        setup=["export NCCL_DEBUG=INFO"],
+        container="/images/nemo bard.sqsh",
+        container_mounts=["/data:/data", "/home"],
+        sbatch=["--exclusive", "--qos=high"],
+    )
+    said = directives(text)
+    for option in (
+        "--nodes=4", "--gpus-per-node=8", "--cpus-per-task=64", "--partition=gpu,long", "--account=lab-1",
+        "--time=1-02:00:00", "--signal=B:USR1@360", "--exclusive", "--qos=high",
+    ):  # fmt: skip
+        assert option in said
+    joined = re.sub(r" \\\n *", " ", text)
+    (command,) = [line for line in joined.splitlines() if line.lstrip().startswith("srun ")]
+    assert "srun --nodes=4 --ntasks=4 --ntasks-per-node=1" in command
+    assert (
+        "--cpus-per-task=64 --container-image='/images/nemo bard.sqsh' --container-mounts=/data:/data,/home" in command
+    )
+    assert " python -m nemo_bard.launch --nnodes=4 --nproc-per-node=8 " in command
+    assert '--rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID$1"' in command
+    assert "--shutdown-timeout=300 --signals-to-handle=SIGTERM,SIGUSR1," in command
+    assert "finetune --config '/recipes/bard b32.yaml' 'run_dir=my runs' 'data.path=$HOME' " in command
+    assert text.index("module load cuda/12.8\nexport NCCL_DEBUG=INFO\n") < text.index("srun ")
+
+
+def test_processes_per_node(tmp_path):
+    assert "--nproc-per-node=1 " in script(tmp_path)
+    assert "--nproc-per-node=2 " in script(tmp_path, gpus_per_node=8, processes=2)
+    section = settings(tmp_path, processes=2)
+    assert "--nproc-per-node=3 " in slurm.script(section, STAGES, RECIPE, [], 3), "the command line comes first"
+    with pytest.raises(ValueError, match=r"launch.processes \(--nproc-per-node\) must be 1 to 4 .*, got 8"):
+        script(tmp_path, processes=8, gpus_per_node=4)
+
+
+# ------------------ what the bash does ------------------
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >>calls; case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";;'
+    ' "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1";; esac',
+    "squeue": "echo ${FAKE_STATE:-RUNNING}",
+    "srun": 'printf "%s " "$@" >>calls; echo >>calls; trap "exit 75" USR1;'
+    ' [ -z "$FAKE_WAIT" ] || { touch started; while :; do sleep 0.05; done; };'
+    ' code=$(head -n 1 codes); sed -i 1d codes; exit "$code"',
+}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Runs a script with programs in place of Slurm's: ``job(codes, **settings)``."""
+    monkeypatch.chdir(tmp_path)
+    for name, body in FAKES.items():
+        file = tmp_path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{body}\n")
+        file.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "12345"}
+
+    def start(codes, variables=None, **changed):
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        (tmp_path / "calls").write_text("")
+        (tmp_path / "job.sh").write_text(script(tmp_path, ["a=b c"], **{"nodes": 2, **changed}))
+        return subprocess.Popen(
+            ["bash", "job.sh"], env={**environment, **(variables or {})}, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(*args, **kwargs):
+        process = start(*args, **kwargs)
+        told = process.communicate(timeout=30)[0]
+        return process.returncode, told, (tmp_path / "calls").read_text()
+
+    run.start = start
+    return run
+
+
+def test_complete(job):
+    code, told, calls = job([0])
+    assert (code, told) == (0, "slurm: the chain is complete after 0 requeues\n")
+    assert "--rdzv-endpoint=10.0.0.1:20345 --rdzv-id=12345 " in calls
+    assert " a=b c " in calls
+    assert "requeue" not in calls
+
+
+@pytest.mark.parametrize("exit_code", [75, 1, 137])
+def test_preempted_and_failed_goes_are_requeued(job, exit_code):
+    code, told, calls = job([exit_code], {"SLURM_RESTART_COUNT": "4"})
+    assert code == 0
+    assert told == f"slurm: stopped with exit code {exit_code}, back into the queue (requeue 5)\n"
+    assert calls.endswith("scontrol requeue 12345\n")
+
+
+def test_a_mistake_is_not_requeued(job):
+    code, told, calls = job([2])
+    assert (code, told) == (2, "slurm: not requeued, see the error above\n")
+    assert "requeue" not in calls
+
+
+def test_requeues_and_failures_are_bounded(job):
+    code, told, calls = job([75], {"SLURM_RESTART_COUNT": "7"}, max_requeues=7)
+    assert code == 75
+    assert "not requeued, 7 requeues (launch.max_requeues)" in told
+    for expected in (0, 9):
+        code, told, calls = job([9], max_failures=2)
+        assert code == expected
+    assert "not requeued, 2 goes have failed (launch.max_failures); the last exit code is 9" in told
+    assert "scontrol requeue" not in calls
+
+
+def test_a_cancelled_job_is_not_requeued(job):
+    code, told, calls = job([75], {"FAKE_STATE": "COMPLETING"})
+    assert (code, told) == (75, "slurm: stopped with exit code 75; Slurm says COMPLETING\n")
+    assert "requeue" not in calls
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_the_signal_reaches_the_nodes(job, tmp_path, name):
+    process = job.start([], {"FAKE_WAIT": "1"})
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    told = process.communicate(timeout=20)[0]
+    assert told == "slurm: stopped with exit code 75, back into the queue (requeue 1)\n"
+    assert not (tmp_path / "12345.failures").exists()
+
+
+def test_per_stage_stops_at_the_first_that_does_not_end_well(job):
+    _, told, calls = job([0, 75, 0], mode="per_stage")
+    assert [re.search(r"--stage=(\w+)", line)[1] for line in calls.splitlines() if "--stage" in line] == list(
+        STAGES[:2]
+    )
+    assert "--rdzv-id=12345-pbm_b4 " in calls
+    assert "back into the queue" in told
+    assert "complete" in job([0, 0, 0], mode="per_stage")[1]
+
+
+# ------------------ refusals ------------------
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"nodes": 0}, "launch.nodes must be an integer >= 1, got 0"),
+        ({"nodes": "two"}, "launch.nodes must be an integer >= 1, got 'two'"),
+        ({"gpus_per_node": 0}, "launch.gpus_per_node must be an integer >= 1, got 0"),
+        ({"max_requeues": -1}, "launch.max_requeues must be an integer >= 0, got -1"),
+        ({"submit": "no"}, "launch.submit must be true or false, got 'no'"),
+        ({"partition": "a b"}, "launch.partition must be a name without spaces, got 'a b'"),
+        ({"account": "x\n#SBATCH --qos=y"}, "launch.account must be a name without spaces"),
+        ({"modules": "cuda"}, "launch.modules must be a list of lines, got 'cuda'"),
+        ({"setup": ["a\nb"]}, "launch.setup must be a list of lines"),
+        ({"sbatch": ["-p gpu"]}, "launch.sbatch: '-p gpu' must look like --option or --option=value"),
+        ({"sbatch": ["--partition=x"]}, "launch.sbatch: '--partition=x' is not allowed; set launch.partition instead"),
+        ({"sbatch": ["--array=1-3"]}, "launch.sbatch: '--array=1-3' is not allowed; the script sets it itself"),
+        ({"time": 86400}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got 86400'),
+        ({"time": "4h"}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got \'4h\''),
+        ({"time": "00:11:00"}, "launch.time 00:11:00 must be longer than launch.grace_seconds and a minute"),
+        ({"container_mounts": ["/a"]}, "launch.container_mounts needs launch.container"),
+        ({"folder": "my runs"}, "launch.folder must not have spaces"),
+    ],
+)
+def test_wrong_values_are_one_line(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        slurm.check({**settings(tmp_path), **changed})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Puts programs on an otherwise empty PATH."""
+    folder = tmp_path / "path"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def put(**bodies):
+        for name, body in bodies.items():
+            (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+            (folder / name).chmod(0o755)
+
+    return put
+
+
+def submit(folder, **changed):
+    return slurm.submit(settings(folder, **changed), STAGES, RECIPE, [], None)
+
+
+def test_written_only(tmp_path, commands, capsys):
+    assert submit(tmp_path / "run" / "slurm", submit=False) == 0
+    path = tmp_path / "run" / "slurm" / "job.sbatch"
+    assert capsys.readouterr().out == f"script: {path}\n"
+    assert path.stat().st_mode & stat.S_IXUSR
+
+
+def test_submitted(tmp_path, commands, capsys):
+    commands(sinfo='echo "cpu*"; echo gpu', sbatch='echo "77;cluster"')
+    assert submit(tmp_path / "s") == 0
+    assert capsys.readouterr().out.endswith(f"submitted: job 77, output in {tmp_path}/s/77.log\n")
+
+
+@pytest.mark.parametrize(
+    ("programs", "changed", "message"),
+    [
+        ({}, {}, "launch=slurm: no sbatch here"),
+        ({"sinfo": "echo cpu; echo gpu"}, {}, "launch.partition must be set: this cluster has no default partition; known: cpu, gpu"),
+        ({"sinfo": "echo cpu; echo gpu"}, {"submit": False}, "launch.partition must be set"),
+        ({"sinfo": "echo cpu*; echo gpu"}, {"partition": "gpuu"}, "no partition 'gpuu' in this cluster; did you mean gpu?"),
+        ({"sinfo": "echo down >&2; exit 1"}, {}, "launch=slurm: sinfo says: down"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_written(tmp_path, commands, programs, changed, message):
+    commands(**programs, **({"sbatch": "touch submitted"} if programs else {}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        submit(tmp_path / "s", **changed)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_sbatch_says_is_passed_on(tmp_path, commands):
+    commands(sinfo='echo "cpu*"', sbatch='echo "sbatch: error: Invalid account" >&2; exit 1')
+    with pytest.raises(ValueError, match=r"sbatch refuses .*job.sbatch: sbatch: error: Invalid account$"):
+        submit(tmp_path / "s")
