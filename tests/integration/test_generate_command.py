@@ -279,7 +279,7 @@ def test_evaluate_both_kinds_of_model(call, tmp_path):
     assert f"response tokens     {result['num_tokens']}" in out
     for sample in result["samples"]:
         assert sample["tpf"] == sample["num_tokens"] / sample["denoising_forwards"]
-        assert re.fullmatch(r"\d \d", sample["reference"])
+        assert re.fullmatch(r"\d\d", sample["reference"])
     assert "--overwrite" in refused(call("evaluate", *words, "--output", tmp_path / "r.json"))
     code, out, _ = call("evaluate", *words, model="source")
     assert code == 0
