@@ -186,10 +186,12 @@ def measure(config: DemoConfig) -> list[dict[str, Any]]:
                 "tokens_per_second": result.tokens_per_second,
             }
         )
+    by_steps = sorted(result.samples, key=lambda sample: sample.tpf)  # the last stage's; an easy answer takes one step
+    shown = sorted({sample.sample_index for sample in (*by_steps[:3], by_steps[-1])})
     draw_answers(
         model,
         processor,
-        [dataset[i] for i in range(min(4, len(dataset)))],
+        [dataset[i] for i in shown],
         generation_config=generation,
         path=config.output / "answers.png",
     )
