@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import shlex
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -145,3 +147,58 @@ def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: in
         batch["pixel_values"] = torch.randn(int(grid.prod(-1).sum()), width, generator=generator)
         batch["image_grid_thw"] = grid
     return batch
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far, by the operating system's account (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
+class Forked:
+    """A function in a forked process of its own, so that the operating system accounts for its memory alone.
+
+    Fork before this process computes anything: OpenMP's threads do not survive a fork.
+    """
+
+    def __init__(self, build: Callable[[], Callable[[Any], Any]]) -> None:
+        """Fork and call ``build`` there; its result answers ``ask``."""
+        context = multiprocessing.get_context("fork")
+        self.here, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, build), daemon=True)
+        self.process.start()
+        there.close()
+        self._receive()
+
+    def ask(self, message: Any) -> Any:  # noqa: ANN401
+        """Call the function there and return its result; RuntimeError with its traceback if it fails."""
+        self.here.send(message)
+        return self._receive()
+
+    def _receive(self) -> Any:  # noqa: ANN401
+        try:
+            error, result = self.here.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(
+                f"the measuring process ended with code {self.process.exitcode} (-9: no memory)"
+            ) from None
+        if error:
+            raise RuntimeError(error)
+        return result
+
+    def close(self) -> None:
+        """End the process and free its memory."""
+        self.here.send(None)  # not by closing: processes forked later hold this end as well
+        self.process.join()
+        self.here.close()
+
+
+def _serve(pipe: Any, build: Callable[[], Callable[[Any], Any]]) -> None:  # noqa: ANN401
+    try:
+        function = build()
+        pipe.send((None, None))
+        while (message := pipe.recv()) is not None:
+            pipe.send((None, function(message)))
+    except Exception:
+        pipe.send((traceback.format_exc(), None))

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("nemo_bard.commands.generate", "answer a prompt, or a file of prompts"),
     "evaluate": ("nemo_bard.commands.evaluate", "score a checkpoint on a data set, with its speed"),
     "calibrate": ("nemo_bard.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),
+    "plan": ("nemo_bard.commands.plan", "estimate memory, time per step and days of a training run"),
     "status": ("nemo_bard.commands.status", "tell how far a pipeline's run is"),
     "doctor": ("nemo_bard.commands.doctor", "check the installation and say how to repair it"),
 }
