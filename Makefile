@@ -15,11 +15,11 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not slurm
+MARKS ?= not gpu and not network and not slurm and not chain
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: venv install demo test lint clean
+.PHONY: venv install demo test test-chain lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -34,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+
+test-chain: $(READY)
+	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

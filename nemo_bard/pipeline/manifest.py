@@ -203,6 +203,10 @@ def versions() -> dict[str, str]:
 def compared_config(stage: Stage, job: Job) -> dict[str, Any]:
     """What decides the result of a stage, with the run directory as a placeholder."""
     config: dict[str, Any] = {"kind": stage.kind, **stage.settings}
+    names = {s.name for s in job.stages}
+    config["named"] = {  # what cannot be compared by its content
+        use: value for use, value in stage.inputs.items() if value not in names and not Path(value).is_dir()
+    }
     if stage.recipe is not None:
         config["recipe"] = translate(stage.recipe)
         for dotted in NOT_COMPARED:

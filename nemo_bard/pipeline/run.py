@@ -50,7 +50,7 @@ class Pipeline:
         self.job, self.only = job, only
         self.world = World()
         self._held = ExitStack()
-        self._resumed = False
+        self._known: dict[str, Any] | None = None
 
     # ------------------ command line ------------------
     @classmethod
@@ -111,7 +111,6 @@ class Pipeline:
         checks.check_chain(self.job)
         checks.check_world(self.job, self.world.size)
         self._held.enter_context(files.locked(self.job.run_dir))
-        self._resumed = (self.job.run_dir / files.IDENTITY).is_file()
         files.write_json(
             self.job.run_dir / files.IDENTITY,
             {"pipeline": self.job.name, "stages": [stage.name for stage in self.job.stages]},
@@ -159,6 +158,7 @@ class Pipeline:
             else:
                 self.world.on_main(lambda: self._make(stage))
             manifest = self.world.on_main(lambda: self._finish(stage, started, time.monotonic() - begin))
+        self._known = manifest
         if stage.evaluate and self.job.evaluation["data"] is not None:
             if self.world.should_stop():
                 return False
@@ -195,7 +195,7 @@ class Pipeline:
     def _start(self, stage: Stage) -> dict[str, Any]:
         """Write what the stage is made from, or compare with what it was begun with; rank 0."""
         old = files.read_json(stage.folder / files.STARTED)
-        now = files.describe(stage, self.job, old)
+        now = files.describe(stage, self.job, old or self._known)
         if old is not None and files.newest_checkpoint(stage.checkpoints)[0] is not None:
             files.check_same(stage, self.job, old, now, "begun")
             if old["processes"] != self.world.size:

@@ -13,7 +13,7 @@ import pytest
 from nemo_bard.pipeline.manifest import newest_checkpoint
 from nemo_bard.pipeline.status import read_status
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chain]
 
 HERE = Path(__file__).parent
 STAGES = ("pbm_b4", "pbm_b8", "swd_b32")
@@ -109,6 +109,23 @@ def test_killed_and_gone_on_with_ends_bit_by_bit_as_undisturbed(one_rank):
     assert "pbm_b4: finished before" in done.stdout
     assert "pbm_b8 goes on from" in done.stderr
     check_same(folder)
+
+
+def test_killed_at_random_instants(source, one_rank, tmp_path):
+    """As often as ``NEMO_BARD_KILLS`` says; every chain that comes to its end has the weights of the undisturbed one."""
+    kills = int(os.environ.get("NEMO_BARD_KILLS", "6"))
+    alone = ("overrides.dataloader.num_workers=0", "overrides.dataloader.persistent_workers=false")
+    job = {
+        "words": words(source, tmp_path / "run", *alone),
+        "random_kills": {"count": kills, "seed": 0, "seconds": 8.0},
+    }
+    done = drive(tmp_path, [job])
+    assert done.returncode == 0, done.stderr[-3000:]
+    complete = sorted(tmp_path.glob("run*"))
+    assert f"{kills} kills, {len(complete)} chains complete" in done.stdout
+    whole = weights(one_rank[0] / "whole")
+    for folder in complete:
+        assert weights(folder) == whole, folder
 
 
 def test_one_of_two_ranks_killed(source, tmp_path):

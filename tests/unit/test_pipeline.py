@@ -16,7 +16,8 @@ from torch import tensor
 from nemo_bard.launch import EXIT_PREEMPTED
 from nemo_bard.pipeline import Pipeline
 from nemo_bard.pipeline import manifest as files
-from nemo_bard.pipeline.compose import compose
+from nemo_bard.pipeline.compose import compose, read_words
+from nemo_bard.pipeline.plan import make_job
 from nemo_bard.pipeline.status import read_status, render
 from nemo_bard.report import read_lines, read_run
 
@@ -269,6 +270,25 @@ def test_changed_versions_and_inputs_are_refused(chain, monkeypatch):
     save_file({"weight": tensor([2.0])}, chain / "start" / "model.safetensors")
     with pytest.raises(ValueError, match="stage a was finished with another content of its init"):
         run()
+
+
+def test_another_name_on_the_hub_is_another_start(chain):
+    stage = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/one"]))).stages[0]
+    other = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/two"])))
+    configs = [files.compared_config(s, other) for s in (stage, other.stages[0])]
+    assert files.first_difference(*configs) == ("named.init", "org/one", "org/two")
+
+
+def test_a_data_file_is_read_once(chain, monkeypatch):
+    read = []
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or "0")
+    (chain / "data.txt").write_text("x")
+    known = files.fingerprint(chain / "data.txt")
+    assert files.fingerprint(chain / "data.txt", known) == known
+    assert read == [chain / "data.txt"]
+    (chain / "data.txt").write_text("xy")
+    files.fingerprint(chain / "data.txt", known)
+    assert len(read) == 2
 
 
 def test_damaged_export_is_named(chain):
