@@ -38,3 +38,10 @@ def test_train_step(tmp_path):
     assert rows[1]["positions"] < rows[0]["positions"]
     assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows)
     assert (tmp_path / "train.png").stat().st_size > 5000
+
+
+def test_decode(tmp_path):
+    arguments = ("--prompt-tokens", "24", "--image-tokens", "0", "--new-tokens", "16", "--settings", "8:2")
+    facts = run("decode.py", *arguments, "--repeat", "1", "--output", str(tmp_path / "decode.json"))
+    assert [row["path"] for row in facts["rows"]] == ["ar", "plain", "fast"]
+    assert all(row["tokens_per_second"] > 0 for row in facts["rows"])
