@@ -112,6 +112,8 @@ def load_config(config_path: Path, overrides: list[tuple[str, str]]) -> ConfigNo
     """Return what NeMo AutoModel hands to a recipe; ValueError if a name in it cannot be imported."""
     from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
 
+    import nemo_bard.attention  # noqa: F401  (NeMo AutoModel's own recipes may ask for attn_implementation: bard)
+
     try:
         return parse_args_and_load_config(str(config_path), [f"--{key}={text}" for key, text in overrides])
     except ImportError as error:

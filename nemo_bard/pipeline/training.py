@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.launch import PREEMPTION_SIGNALS
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.plan import Job, Stage
 from nemo_bard.pipeline.world import World
@@ -40,6 +43,7 @@ def train(stage: Stage, job: Job, world: World) -> bool:
     recipe = recipe_class(config)
     try:
         recipe.setup()
+        shield_workers(recipe)
         if world.should_stop():
             return False
         Watch(recipe, stage, world).start()
@@ -100,16 +104,19 @@ class Watch:
     def start(self) -> None:
         """Put the methods in between."""
         lifecycle = self.recipe.checkpointer.lifecycle
-        publish = lifecycle.publish
+        publish, save = lifecycle.publish, self.recipe.save_checkpoint
         lifecycle.publish = lambda path, **kwargs: (self.settle(path), publish(path, **kwargs))[1]
+        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.saving(), save(*args, **kwargs), self.saved())[1]
         if not self.is_main:
             return
-        make_bar = self.recipe._make_progress_bar
+        make_bar, log = self.recipe._make_progress_bar, self.recipe.log_train_metrics
         self.recipe._make_progress_bar = lambda *args, **kwargs: titled(make_bar(*args, **kwargs), self.stage.name)
-        log, save = self.recipe.log_train_metrics, self.recipe.save_checkpoint
         self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
-        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.saving(), save(*args, **kwargs))[1]
         self.write(None)
+
+    def saved(self) -> None:
+        """Look for a signal: upstream (0.7.0) does so only at steps that are no checkpoint steps otherwise."""
+        _ = self.recipe.step_scheduler.sigterm_received
 
     def settle(self, path: str) -> None:
         """Bring a written checkpoint onto the disk on every machine, before it counts as whole."""
@@ -119,6 +126,8 @@ class Watch:
 
     def saving(self) -> None:
         """Bring the metrics of all steps so far onto the disk, and the progress up to date."""
+        if not self.is_main:
+            return
         self.write(self.sample)
         for name in ("metric_logger_train", "metric_logger_valid"):
             getattr(self.recipe, name).flush()
@@ -156,6 +165,31 @@ class Watch:
                 "time": time.time(),
             },
         )
+
+
+class _IgnoreSignals:
+    """A ``worker_init_fn`` that ignores preemption signals before it calls another."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        for name in PREEMPTION_SIGNALS:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def shield_workers(recipe: Any) -> None:  # noqa: ANN401
+    """Keep workers of data loaders alive when a signal goes to all processes of a job.
+
+    torchrun (2.12) signals the whole process group of a worker, Slurm every process of a step. A data loader's worker dies
+    of SIGTERM, which makes its owner raise in the middle of the checkpoint that the signal asked for.
+    """
+    for name in ("dataloader", "val_dataloader"):
+        loader = getattr(recipe, name, None)
+        if loader is not None:
+            loader.worker_init_fn = _IgnoreSignals(loader.worker_init_fn)
 
 
 def titled(bar: Any, name: str) -> Any:  # noqa: ANN401

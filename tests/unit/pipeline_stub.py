@@ -56,6 +56,7 @@ class StubRecipe:
             max_steps=self.cfg.get("step_scheduler.max_steps"),
             every=self.cfg.get("step_scheduler.ckpt_every_steps"),
             sigterm_flag=False,
+            sigterm_received=False,
             sig_handler=Handler(),
         )
         self.model_parts = [torch.nn.Linear(2, 2)]
