@@ -40,6 +40,16 @@ LISTS = ("modules", "setup", "container_mounts", "sbatch")
 
 ENVIRONMENT = ("export PYTHONUNBUFFERED=1", "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}")
 
+TRAP = """
+# USR1 comes before the time limit, TERM before preemption. Workers take either as: save and stop.
+stopped=no
+step=
+stop() {
+    stopped=yes
+    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+}
+trap stop USR1 TERM
+"""
 BODY = r"""
 # The first node of the allocation is the meeting point. Slurm's address of it, as its name need not be in the DNS.
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -51,15 +61,6 @@ export @JOB_FILES@=@FOLDER@/$SLURM_JOB_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 [ "$restarts" != 0 ] || rm -f "$@JOB_FILES@@FAILURES@" "$@JOB_FILES@@COMPLETE@"  # of an earlier job of this number
 echo "slurm: job $SLURM_JOB_ID, go $((restarts + 1)), $(date '+%F %T'), $SLURM_JOB_NODELIST, @NODES@ x @PROCESSES@ processes"
-
-# USR1 comes before the time limit, TERM before preemption. Workers take either as: save and stop.
-stopped=no
-step=
-stop() {
-    stopped=yes
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
-}
-trap stop USR1 TERM
 
 # One torchrun per node, which passes the signal on to its workers; sets code. When the first node has ended, the others
 # have a minute.
@@ -335,7 +336,7 @@ def script(
     before = [f"module load {shlex.quote(name)}" for name in settings["modules"]] + settings["setup"]
     lines = ["#!/bin/bash", f"# Chain {settings['job_name']}: nodes x processes = {settings['nodes']} x {per_node};"]
     lines += ["# written by nemo-bard, and written anew by the same command.", *_directives(settings, folder)]
-    lines += ["", f"cd {shlex.quote(str(Path.cwd()))} || exit {EXIT_USER_ERROR}", *ENVIRONMENT, *before]
+    lines += [TRAP, f"cd {shlex.quote(str(Path.cwd()))} || exit {EXIT_USER_ERROR}", *ENVIRONMENT, *before]
     return "\n".join(lines) + "\n" + body
 
 
