@@ -101,7 +101,7 @@ def supervise(arguments: Sequence[str], *, resumable: bool) -> int:
             return EXIT_PREEMPTED
         how = f"exit code {first.exitcode}"
         if first.exitcode < 0:
-            how = signal.Signals(-first.exitcode).name
+            how = {one.value: one.name for one in signal.Signals}.get(-first.exitcode, f"signal {-first.exitcode}")
         sys.stderr.write(f"error: worker {first.local_rank} of {parsed.nproc_per_node}{_node()} ended with {how}\n")
         return 1
     except SignalException as error:
