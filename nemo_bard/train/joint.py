@@ -1,8 +1,7 @@
 """The joint autoregressive loss: the context predicts the responses too, token by token.
 
 With ``context_attention: causal`` the context is what the autoregressive source computes, and this is the source's own
-training loss on the responses: the token at place ``i`` predicts the one at ``i + 1``. Fast-dVLM (arXiv 2604.06832)
-trains both in one forward as well.
+training loss on the responses: the token at place ``i`` predicts the one at ``i + 1``.
 """
 
 from __future__ import annotations

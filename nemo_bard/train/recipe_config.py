@@ -187,7 +187,8 @@ class NoiseSchedule:
             return cls(phases=(NoisePhase(until=1.0, settings=base),))
         if not isinstance(rows, (list, tuple)) or not rows:
             raise ValueError(
-                f"noise.schedule must be a list of phases such as [{{until: 0.3, high: 0.5}}], got {rows!r}"
+                'noise.schedule must be a list of phases such as [{"until": 0.3, "high": 0.5}, {"low": 0.2}], got'
+                f" {rows!r}"
             )
         phases: list[NoisePhase] = []
         for number, row in enumerate(rows):
