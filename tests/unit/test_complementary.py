@@ -13,7 +13,7 @@ from nemo_bard.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, 
 from nemo_bard.losses import BlockDiffusionCrossEntropy
 from nemo_bard.tiny import make_tiny_qwen3_vl
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
-from nemo_bard.train.pbm import StepTotals, count, dense_mask, weigh
+from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
 from nemo_bard.train.recipe_config import NoiseSettings
 
 LENGTH, RESPONSES = 41, [(5, 8), (12, 29), (33, 41)]  # of 3, 17 and 8 tokens
@@ -208,14 +208,7 @@ def test_the_loss_is_the_mean_of_both_copies_laid_out_alone(tiny, reduction):
         batch = weigh(batch, reduction, totals)
         where = batch["output_positions"]
         with torch.no_grad():
-            logits = tiny.model(
-                input_ids=batch["input_ids"],
-                attention_mask=dense_mask(batch, "block"),
-                position_ids=batch["position_ids"],
-                pixel_values=batch["pixel_values"],
-                image_grid_thw=batch["image_grid_thw"],
-                output_positions=where,
-            ).logits
+            logits = tiny.model(**PBMRecipe.__new__(PBMRecipe)._model_inputs(batch, tiny.config)).logits
         loss = BlockDiffusionCrossEntropy(reduction)
         return loss(logits, batch["labels"].flatten()[where], weight=batch["output_weight"]).item()
 
