@@ -289,7 +289,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
         )
         if len(self.noise_schedule.phases) > 1:
-            log_data.metrics.update(noise_phase=self.noise_phase, noise_low=noise.low, noise_high=noise.high)
+            levels = noise.levels()
+            log_data.metrics.update(noise_phase=self.noise_phase, noise_low=levels.low, noise_high=levels.high)
         if self.ar_loss_weight:
             diffusion, ar = self._reduce_joint_parts()
             log_data.metrics.update(diffusion_loss=diffusion, ar_loss=ar, num_ar_tokens=totals.num_ar_tokens)
