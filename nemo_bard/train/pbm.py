@@ -448,7 +448,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             part.eval()
         context = self._noise_context(VALIDATION_SEED, 0, VALIDATION_STREAM)
         losses, seen = [], StepTotals(0, 0, 0, 0)
-        one = StepTotals(1, 1, 0, 0, 1)
+        one = StepTotals(1, 1, 0, 0, num_ar_tokens=1)
         self.joint_parts.clear()
         for index, collated in enumerate(val_dataloader):
             batch = self._without_repeats(collated, val_dataloader, index)
