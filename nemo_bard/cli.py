@@ -6,12 +6,15 @@ Wrong input ends as one line ``error: ...`` on stderr and exit code 2; ``NEMO_BA
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 
 from nemo_bard import __version__
 from nemo_bard.commands import COMMANDS, EXIT_USER_ERROR, USER_ERRORS
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -61,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         sys.stderr.write(f"error: {rank}{message}\n")
         return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in FULL_DISK or os.environ.get("NEMO_BARD_DEBUG") == "1":
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; make room and run the same command again\n")
+        return 1
 
 
 def automodel() -> int | None:

@@ -1,5 +1,7 @@
 """The command line: dispatch, overrides, recipe lookup, one line per error."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -123,6 +125,25 @@ def test_wrong_usage_ends_with_2(words, capsys):
         cli.main(words)
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_full_disk_is_one_line(monkeypatch, capsys):
+    def run(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/b4/x.safetensors")
+
+    monkeypatch.setattr(cli, "run_command", run)
+    assert cli.main(["doctor"]) == 1
+    line = "error: No space left on device (runs/b4/x.safetensors); make room and run the same command again\n"
+    assert capsys.readouterr().err == line
+
+
+def test_other_system_errors_keep_their_traceback(monkeypatch):
+    def run(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(cli, "run_command", run)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["doctor"])
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
