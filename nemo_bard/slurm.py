@@ -51,16 +51,16 @@ stop() {
 trap stop USR1 TERM
 """
 BODY = r"""
-# The first node of the allocation is the meeting point. Slurm's address of it, as its name need not be in the DNS.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 12000))
-
 # This go. A worker removes the record of failures when there is a new checkpoint, and says when the chain is complete.
 export @JOB_FILES@=@FOLDER@/$SLURM_JOB_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 [ "$restarts" != 0 ] || rm -f "$@JOB_FILES@@FAILURES@" "$@JOB_FILES@@COMPLETE@"  # of an earlier job of this number
 echo "slurm: job $SLURM_JOB_ID, go $((restarts + 1)), $(date '+%F %T'), $SLURM_JOB_NODELIST, @NODES@ x @PROCESSES@ processes"
+
+# The first node of the allocation is the meeting point. Slurm's address of it, as its name need not be in the DNS.
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+port=$((20000 + $(cksum <<<"$@JOB_FILES@" | cut -d " " -f 1) % 12000))
 
 # One torchrun per node, which passes the signal on to its workers; sets code. When the first node has ended, the others
 # have a minute.
