@@ -45,7 +45,8 @@ from nemo_bard.losses import BlockDiffusionCrossEntropy
 from nemo_bard.plan import peak_flops, training_flops
 from nemo_bard.shapes import SHAPES, make_config
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, dense_mask, weigh
+from nemo_bard.train.masks import dense_mask
+from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
 from nemo_bard.train.recipe_config import NoiseSettings
 
 LOSS_TOLERANCE = 1e-4

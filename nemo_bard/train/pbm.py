@@ -26,11 +26,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, chunked_loss
 from nemo_bard.configuration import BardVLConfig, check_mask_token_id
-from nemo_bard.layout import PADDING, TokenIds, attention_mask
+from nemo_bard.layout import PADDING
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
+from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
 from nemo_bard.train.recipe_config import NoiseSettings, check_batch_sizes, validate_recipe
 
 logger = logging.getLogger(__name__)
@@ -82,19 +83,6 @@ def weigh(batch: dict[str, Any], reduction: str, totals: StepTotals) -> dict[str
     positions = batch["loss_mask"].flatten().nonzero().flatten()
     weight = (scale * batch["loss_weight"]).flatten()[positions]
     return {**batch, "output_positions": positions, "output_weight": weight}
-
-
-def dense_mask(batch: Mapping[str, Any], context_attention: str) -> Tensor:
-    """Attention mask of a microbatch on the device of its ids, ``[N, 1, L, L]`` bool.
-
-    Tokens of no sample (row padding) see themselves, because some attention kernels give NaN for a row without keys;
-    nobody sees them.
-    """
-    order = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-    ids = TokenIds(batch["sample_ids"], batch["branch_ids"], batch["block_ids"], order.expand_as(batch["input_ids"]))
-    allowed = attention_mask(ids, ids, context_attention=context_attention)
-    idle = torch.diag_embed(batch["sample_ids"] == PADDING)
-    return (allowed | idle).unsqueeze(1)
 
 
 class PBMRecipe(FinetuneRecipeForVLM):
@@ -160,8 +148,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             self.cfg.set_by_dotted("dist_env.backend", "nccl" if has_cuda else "gloo")
         if self.cfg.get("dist_env.timeout_minutes", None) is None:
             self.cfg.set_by_dotted("dist_env.timeout_minutes", DEFAULT_TIMEOUT_MINUTES)
-        if self.cfg.get("model.attn_implementation", None) is None:
-            self.cfg.set_by_dotted("model.attn_implementation", "sdpa")
+        if (self.cfg.get("model.attn_implementation", None) or "auto") == "auto":
+            self.cfg.set_by_dotted("model.attn_implementation", "bard" if has_cuda else "sdpa")
         compute = self.cfg.get("compute_dtype", "auto")
         if compute == "auto":
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
@@ -346,7 +334,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """Arguments of the forward of a model with this configuration."""
         return {
             "input_ids": batch["input_ids"],
-            "attention_mask": dense_mask(batch, config.context_attention),
+            "attention_mask": make_mask(batch, config),
             "position_ids": batch["position_ids"],
             "pixel_values": batch["pixel_values"],
             "image_grid_thw": batch["image_grid_thw"],
