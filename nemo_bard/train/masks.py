@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from nemo_bard.attention import NAME
 from nemo_bard.configuration import BardVLConfig
@@ -19,6 +18,8 @@ from nemo_bard.layout import PADDING, TokenIds, attention_mask, check_context_at
 
 FLEX_TILE = 128
 """Rows and columns of a tile of a ``BlockMask``; on the flex path rows are padded to a multiple of it."""
+STRIP_TILES = 4
+"""Tiles of queries whose pairs exist at once while a ``BlockMask`` is built."""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -78,9 +79,9 @@ def mask_mod(batch: Mapping[str, Any], context_attention: str) -> MaskMod:
 def block_mask(batch: Mapping[str, Any], context_attention: str) -> BlockMask:
     """Attention mask of a microbatch for flex_attention, one for all heads, on the device of its ids.
 
-    On CUDA the builder is compiled, once for each number of rows and tiles: it reduces ``mask_mod`` to tiles of
-    ``FLEX_TILE`` squared without writing an ``[L, L]`` tensor, and the kernel evaluates ``mask_mod`` again inside tiles
-    that are partly masked. On CPU it is plain, for tests.
+    What ``create_block_mask`` builds, a few tiles of queries at a time, so that there is never an ``[L, L]`` tensor
+    (compiled or not, ``create_block_mask`` writes one). Inside tiles that are neither empty nor full the kernel evaluates
+    ``mask_mod`` again.
 
     Args:
         batch: See ``mask_mod``.
@@ -91,10 +92,27 @@ def block_mask(batch: Mapping[str, Any], context_attention: str) -> BlockMask:
     """
     rows, length = batch["sample_ids"].shape
     device = batch["sample_ids"].device
-    build = _compiled_builder() if device.type == "cuda" else create_block_mask
-    return build(mask_mod(batch, context_attention), rows, None, length, length, device=device, BLOCK_SIZE=FLEX_TILE)
+    allowed = mask_mod(batch, context_attention)
+    row, keys = torch.arange(rows, device=device).view(-1, 1, 1), torch.arange(length, device=device)
+    tiles = -(-length // FLEX_TILE)
+    some, every = (torch.zeros(rows, tiles, tiles, dtype=torch.bool, device=device) for _ in range(2))
+    for first in range(0, tiles, STRIP_TILES):
+        strip = slice(first * FLEX_TILE, min((first + STRIP_TILES) * FLEX_TILE, length))
+        pairs = allowed(row, row, keys[strip].view(1, -1, 1), keys.view(1, 1, -1))
+        missing = (0, -pairs.shape[2] % FLEX_TILE, 0, -pairs.shape[1] % FLEX_TILE)
+        pairs = nn.functional.pad(pairs, missing).unflatten(2, (-1, FLEX_TILE)).unflatten(1, (-1, FLEX_TILE))
+        some[:, first : first + STRIP_TILES] = pairs.any(4).any(2)
+        every[:, first : first + STRIP_TILES] = pairs.all(4).all(2)
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every),
+        *_ordered(every),
+        BLOCK_SIZE=FLEX_TILE,
+        mask_mod=allowed,
+        seq_lengths=(length, length),
+    )
 
 
-@functools.cache
-def _compiled_builder() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of True key tiles of each query tile ``[N, 1, T]``, and their indices first ``[N, 1, T, T]``; int32."""
+    number = tiles.sum(-1).int()
+    return number.unsqueeze(1), tiles.int().argsort(dim=-1, descending=True, stable=True).int().unsqueeze(1)

@@ -64,7 +64,7 @@ SECTION_KEYS = {
 }  # fmt: skip
 BACKENDS = ("auto", "nccl", "gloo")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
-ATTENTION_BACKENDS = ("sdpa", "bard")
+ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
 
 

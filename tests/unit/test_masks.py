@@ -6,18 +6,19 @@ import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
 from nemo_bard.attention import bard_attention
 from nemo_bard.layout import CONTEXT, PADDING, sample_layout
 from nemo_bard.shapes import make_config
-from nemo_bard.train.masks import FLEX_TILE, block_mask, dense_mask, make_mask, mask_mod, uses_flex
+from nemo_bard.train.masks import FLEX_TILE, STRIP_TILES, block_mask, dense_mask, make_mask, mask_mod, uses_flex
 
 CONTEXTS = ("block", "causal")
 
 
-def random_rows(seed: int, rows: int = 3, samples: int = 4, tail: int = 9) -> tuple[dict, list]:
+def random_rows(seed: int, rows: int = 3, samples: int = 4, tail: int = 9, prompt: int = 11) -> tuple[dict, list]:
     """Packed rows of random multi-turn samples, padded; and what each token is, for the loop.
 
     A token is None (padding) or (sample, response or None, offset in its region, region's first block, is noisy).
@@ -32,7 +33,7 @@ def random_rows(seed: int, rows: int = 3, samples: int = 4, tail: int = 9) -> tu
         for number in range(dice.randint(1, samples)):
             regions, cursor = [], 0  # (is response, length), a user part before each response
             for _ in range(dice.randint(1, 3)):
-                regions += [(False, dice.randint(1, 11)), (True, dice.randint(1, 13))]
+                regions += [(False, dice.randint(1, prompt)), (True, dice.randint(1, 13))]
             spans = []
             for is_response, length in regions:
                 if is_response:
@@ -107,13 +108,19 @@ def test_dense_mask_and_mask_mod_are_the_definition(seed, context_attention):
 
 @pytest.mark.parametrize("context_attention", CONTEXTS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_block_mask_keeps_every_tile_that_holds_an_allowed_pair(seed, context_attention):
-    batch, _ = random_rows(seed, rows=2, samples=12, tail=300)
+def test_block_mask_is_that_of_torch_and_keeps_every_tile_that_holds_an_allowed_pair(seed, context_attention):
+    batch, _ = random_rows(seed, rows=2, samples=4, tail=300, prompt=600)
     mask = block_mask(batch, context_attention)
     dense = dense_mask(batch, context_attention)
     rows, length = batch["sample_ids"].shape
     assert mask.shape == (rows, 1, length, length)
     tiles = -(-length // FLEX_TILE)
+    theirs = create_block_mask(mask_mod(batch, context_attention), rows, None, length, length, device="cpu")
+    for name in ("num_blocks", "indices"):
+        for part in ("kv", "full_kv", "q", "full_q"):
+            ours = getattr(mask, f"{part}_{name}")
+            assert torch.equal(ours, getattr(theirs, f"{part}_{name}")), (part, name)
+    assert mask.full_kv_num_blocks.any()
     padded = torch.zeros(rows, 1, tiles * FLEX_TILE, tiles * FLEX_TILE, dtype=torch.bool)
     padded[:, :, :length, :length] = dense
     per_tile = padded.unflatten(3, (tiles, FLEX_TILE)).unflatten(2, (tiles, FLEX_TILE)).any(5).any(3)
@@ -170,6 +177,25 @@ def test_the_model_gives_the_same_logits_with_either_mask(context_attention):
             for mask in (block_mask(batch, context_attention), dense_mask(batch, context_attention))
         ]
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+def test_no_pairs_of_a_whole_row_at_once():
+    """The largest tensor while a mask is built is a strip of queries, not ``[L, L]``."""
+    batch, _ = random_rows(0, rows=1, samples=12, tail=2048)
+    length = batch["sample_ids"].shape[1]
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        block_mask(batch, "block")
+    assert length < largest <= STRIP_TILES * FLEX_TILE * (length + FLEX_TILE) < length**2 / 4
 
 
 def test_flex_is_for_bard_on_cuda():

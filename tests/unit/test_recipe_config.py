@@ -61,7 +61,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("noise.num_random_ids", 0, "noise.num_random_ids must be an integer >= 1"),
         ("model", ..., "the recipe needs a section 'model'"),
         ("model.block_size", 0, "model.block_size must be an integer >= 1, got 0"),
-        ("model.attn_implementation", "eager", "must be one of sdpa, bard, got 'eager'"),
+        ("model.attn_implementation", "eager", "must be one of auto, sdpa, bard, got 'eager'"),
         ("model.pretrained_model_name_or_path", None, "must name a checkpoint folder"),
         ("model.pretrained_model_name_or_path", "/no/such/folder", "/no/such/folder is not a folder"),
         ("dataset.path", None, "dataset.path must be set, got None"),
