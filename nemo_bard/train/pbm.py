@@ -8,10 +8,12 @@ step, and the loss runs at supervised positions and is normalised by totals of t
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,13 +27,17 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, chunked_loss
+from nemo_bard.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.configuration import BardVLConfig, check_mask_token_id
 from nemo_bard.layout import PADDING
+from nemo_bard.lengths import last_line_of_worker_error
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.packing import PackedDataset, pack_dataset
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
+from nemo_bard.train.packed_loader import PackedDataloaderConfig
 from nemo_bard.train.recipe_config import NoiseSettings, check_batch_sizes, validate_recipe
 
 logger = logging.getLogger(__name__)
@@ -52,12 +58,20 @@ class StepTotals(NamedTuple):
     """Tokens that belong to a sample, noisy copies included."""
     num_dropped: int
     """Samples dropped because they are too long."""
+    num_positions: int = 0
+    """Positions of all rows, padding included."""
 
 
 def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
     """Count what corrupted microbatches hold on this rank."""
     rows = [
-        (b["num_samples"], int(b["loss_mask"].sum()), int((b["sample_ids"] != PADDING).sum()), b["num_dropped"])
+        (
+            b["num_samples"],
+            int(b["loss_mask"].sum()),
+            int((b["sample_ids"] != PADDING).sum()),
+            b["num_dropped"],
+            b["sample_ids"].numel(),
+        )
         for b in batches
     ]
     return StepTotals(*(sum(column) for column in zip(*rows, strict=True)))
@@ -119,6 +133,10 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.seed = int(self.cfg.get("seed", 42))
         self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS)
         self._fill_defaults()
+        self.packing = _section(self.cfg, "packing") or {}
+        if self.packing.get("max_length") is not None:
+            loader = PackedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
+            self.cfg.__dict__["vlm_dataloader"] = loader  # what upstream's setup builds the training loader from
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
         upstream.addFilter(told)
         try:
@@ -131,11 +149,34 @@ class PBMRecipe(FinetuneRecipeForVLM):
         finally:
             upstream.removeFilter(told)
         self._check_built()
-        for loader in (self.dataloader, self.val_dataloader):
-            if loader is not None:
-                loader.collate_fn = loader.collate_fn(config=self._model_config, **self._collator_settings())
+        self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, packed=True)
+        if self.val_dataloader is not None:
+            self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn)
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
+
+    def _complete(self, collate: partial, *, packed: bool = False) -> Callable[[list[Any]], dict[str, Any]]:
+        """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
+        settings = self._collator_settings()
+        if uses_flex(self._model_config, self.dist_env.device):
+            settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
+        if packed and self.packing.get("max_length") is not None:
+            longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
+            settings["max_length"] = min(longest, self.packing["max_length"])
+            settings["max_row_length"] = self.packing["max_length"]
+        return collate(config=self._model_config, **settings)
+
+    def _pack(self, dataset: Any, processor: Any) -> PackedDataset:  # noqa: ANN401
+        """Plan the rows of the training set; called by upstream's setup, when the model is there."""
+        loader = self.cfg.vlm_dataloader
+        return pack_dataset(
+            dataset,
+            self._complete(loader.collator.build(processor=processor), packed=True),
+            cache_dir=Path(self.packing.get("cache_dir") or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
+            seed=self.seed,
+            shuffle=loader.shuffle,
+            num_workers=loader.num_workers,
+        )
 
     def _collator_settings(self) -> dict[str, Any]:
         """What the collators get from the recipe besides the model's configuration."""
@@ -188,9 +229,10 @@ class PBMRecipe(FinetuneRecipeForVLM):
         samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
         if samples < batch and self.dist_env.is_main:
             logger.warning(
-                "the data set has %d samples, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
+                "the data set has %d %s, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
                 " them; set a smaller global_batch_size for more steps per epoch",
                 samples,
+                "packed rows" if isinstance(self.dataloader.dataset, PackedDataset) else "samples",
                 batch,
             )
 
@@ -222,11 +264,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             with logging_redirect_tqdm():
                 super().run_train_validation_loop()
         except ValueError as error:
-            lines = str(error).strip().splitlines()
-            if not lines or "DataLoader worker" not in lines[0]:
-                raise
-            # A worker sends its traceback as the message; what a user needs is the last line.
-            raise ValueError(lines[-1].removeprefix("ValueError: ")) from error
+            raise last_line_of_worker_error(error) from error
 
     # ------------------ one optimizer step ------------------
     def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
@@ -247,6 +285,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             num_loss_tokens=totals.num_loss_tokens,
             num_dropped=totals.num_dropped,
             num_tokens_per_step=totals.num_tokens,
+            fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
         )

@@ -151,7 +151,9 @@ def test_flex_attention_gives_the_output_of_dense_sdpa(context_attention):
 
 
 def small_model(attention: str, device: str = "cpu", **options) -> BardVLForConditionalGeneration:
-    source = make_config("tiny", image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503)
+    source = make_config(
+        "tiny", image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503
+    )
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
     torch.manual_seed(0)
     config = BardVLConfig(**{**fields, "mask_token_id": 510, "eos_token_id": 509}, block_size=4, **options)
