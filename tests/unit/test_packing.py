@@ -44,14 +44,14 @@ def collator(tiny, block_size=4, **options):
     return BlockDiffusionCollator(tiny.processor, config, **options)
 
 
-def many_samples(count=24):
+def many_samples(count=24, largest=300):
     """Text only, one image, three images, several turns; many sizes."""
     dice = np.random.default_rng(0)
     out = []
     for index in range(count):
         turns = []
         for _ in range(1 + index % 3):
-            images = [picture(index, int(dice.integers(20, 300))) for _ in range((0, 1, 3)[index % 5 % 3])]
+            images = [picture(index, int(dice.integers(20, largest))) for _ in range((0, 1, 3)[index % 5 % 3])]
             turns += [[*images, text("word " * int(dice.integers(1, 30)))], "1 2" * int(dice.integers(1, 20))]
         out.append(sample(index, *turns))
     out[-1]["conversation"].append({"role": "user", "content": [picture(1), text("thanks")]})
@@ -218,10 +218,10 @@ def test_row_longer_than_planned_is_refused(tiny):
 @pytest.mark.parametrize("turns", ["all", "last"])
 def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_path, turns):
     """Float64, so that what remains is not rounding; images, several turns and text-only samples share rows."""
-    items, settings, context = SimpleList(many_samples(16)), NoiseSettings(), context_of(tiny)
-    make = collator(tiny, turns=turns, max_length=700)
+    items, settings, context = SimpleList(many_samples(8, largest=100)), NoiseSettings(), context_of(tiny)
+    make = collator(tiny, turns=turns, max_length=300)
     packed = pack_dataset(items, make, cache_dir=tmp_path, seed=0, shuffle=True)
-    assert 3 < len(packed) < 12
+    assert 2 < len(packed) < 7
     runs = {
         "unpacked": [make([item]) for item in items],
         "packed": [make([packed[i]]) for i in range(len(packed))],
@@ -234,8 +234,8 @@ def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_pat
         results = {}
         for name, batches in runs.items():
             noised = [corrupt_batch(batch, settings, context) for batch in batches]
-            assert sum(batch["num_samples"] for batch in batches) == 16
-            totals = StepTotals(16, sum(int(batch["loss_mask"].sum()) for batch in noised), 0, 0)
+            assert sum(batch["num_samples"] for batch in batches) == 8
+            totals = StepTotals(8, sum(int(batch["loss_mask"].sum()) for batch in noised), 0, 0)
             weighed = [
                 {
                     **batch,
@@ -255,8 +255,8 @@ def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_pat
 
 def test_every_sample_counts_once_in_an_epoch_over_ranks(tiny, tmp_path):
     """The sampler repeats rows to give all ranks equally many; their samples do not count twice."""
-    items = SimpleList(many_samples(16))
-    make = collator(tiny, max_length=700)
+    items = SimpleList(many_samples(16, largest=100))
+    make = collator(tiny, max_length=300)
     packed = pack_dataset(items, make, cache_dir=tmp_path, seed=0, shuffle=True)
     ranks, per_batch, seen = 4, 2, []
     assert len(packed) % ranks

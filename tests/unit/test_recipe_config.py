@@ -78,7 +78,16 @@ def test_shipped_recipe_is_accepted(raw):
         ("step_scheduler.local_batch_size", 3, "global_batch_size=256 must be divisible by"),
         ("step_scheduler.global_batch_size", 0, "global_batch_size must be an integer >= 1"),
         ("step_scheduler.max_steps", None, "set step_scheduler.max_steps or step_scheduler.num_epochs"),
-        ("packed_sequence", {"pack_size": 9}, "packed_sequence is not supported"),
+        (
+            "packed_sequence",
+            {"pack_size": 9},
+            "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length",
+        ),
+        ("packing.max_lenght", 9, "unknown recipe key packing.max_lenght; did you mean packing.max_length?"),
+        ("packing", 8192, "packing must be a section of keys, got 8192"),
+        ("packing.max_length", 0, "packing.max_length must be an integer >= 1, got 0"),
+        ("packing.max_length", "8k", "packing.max_length must be an integer >= 1, got '8k'"),
+        ("packing", {"max_length": 99, "cache_dir": 3}, "packing.cache_dir must be a folder or null, got 3"),
         ("loss_fn._target_", "nemo_bard.losses.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
         ("optimizer._target_", None, "optimizer must have _target_"),
@@ -118,6 +127,13 @@ def test_uniform_noise_goes_with_both_losses(raw):
     uniform = changed(raw, "noise.name", "uniform")
     validate_recipe(uniform)
     validate_recipe(changed(uniform, "loss_fn._target_", "nemo_bard.losses.MixturePathKL"))
+
+
+def test_packing_needs_our_collator(raw):
+    packed = changed(raw, "packing.max_length", 4096)
+    validate_recipe(packed)
+    with pytest.raises(ValueError, match=r"packing needs dataloader.collate_fn._target_: .*, got 'my.collate'$"):
+        validate_recipe(changed(packed, "dataloader.collate_fn._target_", "my.collate"))
 
 
 def test_noise_settings_have_the_published_defaults():
