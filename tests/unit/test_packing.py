@@ -95,7 +95,9 @@ def test_lengths_are_measured_once_and_again_when_data_or_processor_change(tiny,
     data, make = make_digits("train", 70), collator(tiny)
     sizes, path = measured_once(data, make, tmp_path / "cache")
     assert len(sizes) == 70
-    assert sizes.row_lengths(8).tolist() == [len(collator(tiny, 8).encode(data[i])) for i in range(70)]
+    lengths, eights = sizes.row_lengths(8), collator(tiny, 8)
+    for i in (0, 1, 63, 64, 69):  # on both sides of a chunk of 64
+        assert lengths[i] == len(eights.encode(data[i]))
     monkeypatch.setattr("nemo_bard.lengths.measure", None)
     again, same = measured_once(data, collator(tiny, 32, max_length=64), tmp_path / "cache")
     assert same == path
@@ -157,7 +159,7 @@ def test_rows_are_full_balanced_and_hold_every_sample_once(images, count):
 
 
 def test_rows_are_a_function_of_seed_and_samples():
-    lengths, vision = like_llava_onevision(9000)
+    lengths, vision = like_llava_onevision(3000)
     one, two, other = (plan_packs(lengths, vision, ROW, seed=seed) for seed in (1, 1, 2))
     assert (one.members == two.members).all()
     assert (one.edges == two.edges).all()
@@ -219,7 +221,7 @@ def test_row_longer_than_planned_is_refused(tiny):
 def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_path, turns):
     """Float64, so that what remains is not rounding; images, several turns and text-only samples share rows."""
     items, settings, context = SimpleList(many_samples(8, largest=100)), NoiseSettings(), context_of(tiny)
-    make = collator(tiny, turns=turns, max_length=300)
+    make = collator(tiny, turns=turns, max_length=400)
     packed = pack_dataset(items, make, cache_dir=tmp_path, seed=0, shuffle=True)
     assert 2 < len(packed) < 7
     runs = {
@@ -256,10 +258,9 @@ def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_pat
 def test_every_sample_counts_once_in_an_epoch_over_ranks(tiny, tmp_path):
     """The sampler repeats rows to give all ranks equally many; their samples do not count twice."""
     items = SimpleList(many_samples(16, largest=100))
-    make = collator(tiny, max_length=300)
+    make = collator(tiny, max_length=400)
     packed = pack_dataset(items, make, cache_dir=tmp_path, seed=0, shuffle=True)
-    ranks, per_batch, seen = 4, 2, []
-    assert len(packed) % ranks
+    ranks, per_batch, seen = next(ranks for ranks in (3, 4, 5) if len(packed) % ranks), 2, []
     for rank in range(ranks):
         sampler = DistributedSampler(packed, num_replicas=ranks, rank=rank, shuffle=True)
         loader = torch.utils.data.DataLoader(packed, batch_size=per_batch, sampler=sampler, collate_fn=make)
