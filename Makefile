@@ -1,4 +1,4 @@
-# make test | demo | lint | clean, each of which sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,11 +15,11 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not slurm and not chain
+MARKS ?= not gpu and not network and not chain
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: venv install demo test test-chain lint clean
+.PHONY: venv install demo test test-slurm test-chain lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -34,6 +34,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+
+test-slurm: $(READY) # part of `make test` where Slurm is; needs root and Debian's slurm-wlm and munge, or says so
+	$(PYTHON) -m pytest -m slurm -rs tests/integration/test_slurm.py
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py

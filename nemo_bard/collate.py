@@ -47,6 +47,8 @@ class TrainingSample:
     """bool, noisy tokens after the true end of a response."""
     anchor_block: Tensor | None = None
     """Block under the anchor's block size, see ``layout.SampleLayout``; None without an anchor."""
+    next_response: Tensor | None = None
+    """Supervised response (0, 1, ...) whose token comes next in the context, ``-1`` elsewhere; None if not asked for."""
     sample_index: int = 0
     pixel_values: Tensor | None = None
     """Patches of all images and videos in the order of their placeholders, ``[patches, values]`` float32."""
@@ -75,6 +77,8 @@ def lay_out_sample(
     supervised: Sequence[int] | None = None,
     pad_token_id: int | None = None,
     anchor_block_size: int | None = None,
+    noisy_copies: int = 1,
+    next_token: bool = False,
     **extra: Any,  # noqa: ANN401
 ) -> TrainingSample:
     """Lay one tokenised conversation out for training.
@@ -87,6 +91,8 @@ def lay_out_sample(
         supervised: Indices of the responses to learn; all if None.
         pad_token_id: Id that fills the last block of a response; the token that ends the response if None.
         anchor_block_size: See ``layout.sample_layout``.
+        noisy_copies: Likewise.
+        next_token: Likewise.
         **extra: Further fields of ``TrainingSample``.
 
     Returns:
@@ -96,23 +102,31 @@ def lay_out_sample(
         ValueError: If there is no response, the spans are wrong or ``block_size`` < 1.
     """
     layout = sample_layout(
-        len(input_ids), responses, block_size, supervised=supervised, anchor_block_size=anchor_block_size
+        len(input_ids),
+        responses,
+        block_size,
+        supervised=supervised,
+        anchor_block_size=anchor_block_size,
+        noisy_copies=noisy_copies,
+        next_token=next_token,
     )
     ends = torch.tensor([end - 1 for _, end in responses])
     anchor = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
     ids = input_ids[anchor]
     if pad_token_id is not None:
         ids = ids.masked_fill(layout.padding, pad_token_id)
-    _, compact = layout.response.unique(return_inverse=True)
+    known = torch.cat([torch.tensor([-1]), layout.response]).unique()
+    following = layout.next_response
     return TrainingSample(
         input_ids=ids,
         labels=torch.where(layout.response >= 0, ids, IGNORE_INDEX),
         position_ids=position_ids[:, anchor] + layout.offset,
         branch=layout.branch,
         block=layout.block,
-        response=compact - int(bool((layout.response < 0).any())),
+        response=torch.searchsorted(known, layout.response) - 1,
         padding=layout.padding,
         anchor_block=layout.anchor_block,
+        next_response=None if following is None else torch.searchsorted(known, following) - 1,
         **extra,
     )
 
@@ -175,6 +189,8 @@ class BlockDiffusionCollator:
         pad_to_multiple_of: Round the row length up to a multiple of this.
         anchor_block_size: Block size of a distillation anchor that reads the same rows (the recipe's, not a setting).
         max_row_length: Longest row of samples that share one, ``max_length`` if None (the recipe's, not a setting).
+        noisy_copies: Noisy copies of each response (the recipe's): two for noise with its complement.
+        next_token: Whether the context predicts the responses too (the recipe's): adds ``ar_response_ids``.
 
     Raises:
         ValueError: If a setting is not allowed or the configuration lacks a token id.
@@ -191,6 +207,8 @@ class BlockDiffusionCollator:
         pad_to_multiple_of: int = 1,
         anchor_block_size: int | None = None,
         max_row_length: int | None = None,
+        noisy_copies: int = 1,
+        next_token: bool = False,
     ) -> None:
         for name, value, allowed in (("turns", turns, TURNS), ("overlong", overlong, OVERLONG)):
             if value not in allowed:
@@ -209,6 +227,7 @@ class BlockDiffusionCollator:
         self.max_length, self.turns, self.overlong = max_length, turns, overlong
         self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
         self.max_row_length = max_row_length or max_length
+        self.noisy_copies, self.next_token = noisy_copies, next_token
         self._rope_index = _RopeIndex(config)
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
@@ -266,6 +285,8 @@ class BlockDiffusionCollator:
             self.config.block_size,
             supervised=None if self.turns == "all" else [len(responses) - 1],
             anchor_block_size=self.anchor_block_size,
+            noisy_copies=self.noisy_copies,
+            next_token=self.next_token,
             sample_index=index,
         )
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
@@ -397,6 +418,7 @@ class BlockDiffusionCollator:
             response=one - 1,
             padding=torch.zeros(1, dtype=torch.bool),
             anchor_block=one,
+            next_response=one - 1,
             sample_index=-1,
             pixel_values=torch.zeros(side * side, values),
             grid_thw=torch.tensor([[1, side, side]]),
@@ -419,22 +441,28 @@ class BlockDiffusionCollator:
         lengths = [sum(len(sample) for sample, _ in row) for row in parts]
         multiple = self.pad_to_multiple_of
         length = -(-max(lengths) // multiple) * multiple
-        offset, responses = 0, []
+        names = ("response", "next_response") if self.next_token else ("response",)
+        offset, responses = 0, {name: [] for name in names}
         for row in parts:
-            shifted = []
+            shifted = {name: [] for name in names}
             for sample, _ in row:
-                shifted.append(torch.where(sample.response >= 0, sample.response + offset, -1))
+                for name in names:
+                    own = getattr(sample, name)
+                    shifted[name].append(torch.where(own >= 0, own + offset, -1))
                 offset += int(sample.response.max()) + 1
-            responses.append(torch.cat(shifted))
+            for name in names:
+                responses[name].append(torch.cat(shifted[name]))
 
         def rows_of(name: str, fill: int | bool) -> Tensor:
             return _pad([torch.cat([getattr(sample, name) for sample, _ in row]) for row in parts], length, fill)
 
         media = [sample for row in parts for sample, _ in row if sample.grid_thw is not None]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
-        anchor = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
+        extra = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
+        if self.next_token:
+            extra["ar_response_ids"] = _pad(responses["next_response"], length, -1)
         return {
-            **anchor,
+            **extra,
             "input_ids": rows_of("input_ids", self.config.end_ids[0]),
             "labels": rows_of("labels", IGNORE_INDEX),
             "position_ids": torch.stack([_pad([p[axis] for p in positions], length, 0) for axis in range(3)]),
@@ -443,7 +471,7 @@ class BlockDiffusionCollator:
             ),
             "branch_ids": rows_of("branch", CONTEXT),
             "block_ids": rows_of("block", 0),
-            "response_ids": _pad(responses, length, -1),
+            "response_ids": _pad(responses["response"], length, -1),
             "padding_mask": rows_of("padding", False),
             "noise_keys": keys,
             "num_samples": len(keys),

@@ -7,10 +7,13 @@ function that starts everything and returns the exit code.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from nemo_bard.console import hush
 
 EXIT_PREEMPTED = 75
 """Stopped by a signal with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
@@ -19,6 +22,12 @@ PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1")
 """Signals that end a run at the next step, with a checkpoint."""
 MODES = ("one_job", "per_stage")
 FORWARDED_SIGNALS = "SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT"
+
+
+JOB_FILES = "NEMO_BARD_JOB"
+"""Environment variable of a job that goes on by itself: what its files' names begin with."""
+FAILURES, COMPLETE = ".failures", ".complete"
+"""Ends of the names of its files: goes that have failed since the last checkpoint, a line each; the chain is complete."""
 
 
 def under_torchrun() -> bool:
@@ -75,9 +84,11 @@ def supervise(arguments: Sequence[str], *, resumable: bool) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
+    hush()
     parsed = get_args_parser().parse_args(list(arguments))
     try:
         torchrun(parsed)
@@ -88,14 +99,35 @@ def supervise(arguments: Sequence[str], *, resumable: bool) -> int:
             return EXIT_USER_ERROR
         if EXIT_PREEMPTED in codes:
             return EXIT_PREEMPTED
-        sys.stderr.write(
-            f"error: worker {first.local_rank} of {parsed.nproc_per_node} ended with exit code {first.exitcode}\n"
-        )
+        how = f"exit code {first.exitcode}"
+        if first.exitcode < 0:
+            how = {one.value: one.name for one in signal.Signals}.get(-first.exitcode, f"signal {-first.exitcode}")
+        sys.stderr.write(f"error: worker {first.local_rank} of {parsed.nproc_per_node}{_node()} ended with {how}\n")
         return 1
     except SignalException as error:
-        sys.stderr.write(f"error: stopped by {error.sigval.name}\n")
+        sys.stderr.write(f"error: stopped by {error.sigval.name}{_node()}\n")
         return EXIT_PREEMPTED if resumable and error.sigval.name in PREEMPTION_SIGNALS else 128 + error.sigval
+    except RendezvousError as error:
+        sys.stderr.write(f"error: the other nodes are gone: {' '.join(str(error).split())}\n")
+        return 1
     return 0
+
+
+def _node() -> str:
+    name = os.environ.get("SLURMD_NODENAME")
+    return f" on {name}" if name else ""
+
+
+def note_progress() -> None:
+    """Tell the job, if this is a worker of one, that it gets on: a checkpoint is written or a stage finished."""
+    if prefix := os.environ.get(JOB_FILES):
+        Path(prefix + FAILURES).unlink(missing_ok=True)
+
+
+def note_complete() -> None:
+    """Tell the job, if this is a worker of one, that nothing is left to do, whatever happens to its processes now."""
+    if prefix := os.environ.get(JOB_FILES):
+        Path(prefix + COMPLETE).touch()
 
 
 class Launcher(NamedTuple):
@@ -106,6 +138,10 @@ class Launcher(NamedTuple):
     start: Callable[..., int | None]
     """``start(settings, stages, config_path, words, processes)``: starts everything and returns the exit code, or None
     to go on in this process. ``stages`` are the parts of ``per_stage``, in order."""
+    world_size: Callable[[Mapping[str, Any], int | None], int]
+    """``world_size(settings, processes)``: how many processes there will be, of all nodes; checks what it reads."""
+    elsewhere: bool
+    """Whether the workers start later, and on other machines."""
 
 
 COMMON_KEYS = ("name", "mode", "processes", "timeout_minutes", "grace_seconds")
@@ -126,7 +162,7 @@ def run_local(
     Returns:
         The exit code, or None if the caller is to go on in its own process.
     """
-    processes = count_processes(processes if processes is not None else settings["processes"])
+    processes = local_world_size(settings, processes)
     grace = settings["grace_seconds"]
     if settings["mode"] == "one_job":
         if processes == 1:
@@ -137,6 +173,19 @@ def run_local(
         if code:
             return code
     return 0
+
+
+def local_world_size(settings: Mapping[str, Any], processes: int | None) -> int:
+    """Return how many processes ``run_local`` starts; arguments as there."""
+    return count_processes(processes if processes is not None else settings["processes"])
+
+
+def slurm_world_size(settings: Mapping[str, Any], processes: int | None) -> int:
+    """Return how many processes the Slurm job starts on all nodes; arguments as ``run_slurm``."""
+    from nemo_bard.slurm import check, processes_per_node
+
+    check(settings)
+    return settings["nodes"] * processes_per_node(settings, processes)
 
 
 def run_slurm(
@@ -152,7 +201,10 @@ SLURM_KEYS = (
     "nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "time", "job_name", "folder", "submit",
     "max_requeues", "max_failures", "python", "modules", "setup", "container", "container_mounts", "sbatch",
 )  # fmt: skip
-LAUNCHERS: dict[str, Launcher] = {"local": Launcher((), run_local), "slurm": Launcher(SLURM_KEYS, run_slurm)}
+LAUNCHERS: dict[str, Launcher] = {
+    "local": Launcher((), run_local, local_world_size, elsewhere=False),
+    "slurm": Launcher(SLURM_KEYS, run_slurm, slurm_world_size, elsewhere=True),
+}
 """``launch.name`` -> launcher."""
 
 if __name__ == "__main__":  # torchrun with the exit codes above: what a Slurm job runs on every node

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,6 +52,8 @@ class SampleLayout:
     """True on noisy tokens after the response's true end."""
     anchor_block: Tensor | None = None
     """Block under the anchor's block size; ``PADDING`` on noisy tokens in whose block the response has ended already."""
+    next_response: Tensor | None = None
+    """Supervised response whose token comes next, for context tokens; ``-1`` elsewhere. None unless asked for."""
 
     def __len__(self) -> int:
         return self.source.numel()
@@ -164,6 +167,8 @@ def sample_layout(
     supervised: Sequence[int] | None = None,
     drop_last_clean_block: bool = True,
     anchor_block_size: int | None = None,
+    noisy_copies: int = 1,
+    next_token: bool = False,
 ) -> SampleLayout:
     """Lay one conversation out as ``[context | noisy copies of the supervised responses]``.
 
@@ -180,14 +185,20 @@ def sample_layout(
         anchor_block_size: Block size of a second model (a distillation anchor) that reads the same row. The clean
             tokens that its noisy tokens see are laid out as well. It knows no blocks behind a response's end: no
             decoding gets there, so that it has nothing to teach about them.
+        noisy_copies: Noisy copies of each supervised response, side by side. Copies do not see each other, by their
+            block ids alone: with ``n`` copies, block ``b`` is ``n b + n - 1`` in the context and ``n b + n - 1 - c`` in
+            copy ``c``, so that a copy has its own ids and still sees exactly the context of blocks before ``b``.
+        next_token: Also predict the supervised responses from the context, token by token: their clean tokens are laid
+            out up to the last one, and ``next_response`` says where.
 
     Returns:
-        The layout; its noisy part is ``sum(ceil(len / B) * B)`` tokens long.
+        The layout; its noisy part is ``noisy_copies * sum(ceil(len / B) * B)`` tokens long.
 
     Raises:
         ValueError: If there is no supervised response or not that many, ``block_size`` < 1, it is no multiple of
             ``anchor_block_size``, or the spans are wrong.
     """
+    assert noisy_copies >= 1
     if anchor_block_size is not None:
         check_anchor_block_size(block_size, anchor_block_size)
     smallest = anchor_block_size or block_size
@@ -200,10 +211,13 @@ def sample_layout(
         raise ValueError(f"supervised must index the {len(responses)} responses, got {list(supervised or ())}")
     last_start, last_end = responses[chosen[-1]]
     kept = last_start + (last_end - last_start - 1) // smallest * smallest if drop_last_clean_block else length
+    if next_token:
+        kept = max(kept, last_end)
     source, offset = [torch.arange(kept)], [torch.zeros(kept, dtype=torch.int64)]
     block, response = [blocks[:kept]], [torch.full((kept,), -1)]
     anchor_block = [anchor_blocks[:kept]]
-    for index in chosen:
+    copy = [torch.zeros_like(offset[0])]
+    for index, number in product(chosen, range(noisy_copies)):
         start, end = responses[index]
         size = end - start
         padded = -(-size // block_size) * block_size
@@ -214,17 +228,32 @@ def sample_layout(
         has_begun = position // smallest * smallest < size
         anchor_block.append(torch.where(has_begun, anchor_blocks[start] + position // smallest, PADDING))
         response.append(torch.full((padded,), index))
+        copy.append(torch.full((padded,), number))
     response_ids = torch.cat(response)
     source_ids = torch.cat(source)
+    shift = noisy_copies - 1 - torch.cat(copy)
+    block_ids, anchor_ids = torch.cat(block) * noisy_copies + shift, torch.cat(anchor_block)
     return SampleLayout(
         source=source_ids,
         offset=torch.cat(offset),
         branch=(response_ids >= 0).long() * NOISY,
-        block=torch.cat(block),
+        block=block_ids,
         response=response_ids,
         padding=source_ids < 0,
-        anchor_block=torch.cat(anchor_block) if anchor_block_size is not None else None,
+        anchor_block=None
+        if anchor_block_size is None
+        else torch.where(anchor_ids == PADDING, PADDING, anchor_ids * noisy_copies + shift),
+        next_response=_next_responses(responses, chosen, len(source_ids)) if next_token else None,
     )
+
+
+def _next_responses(responses: Sequence[tuple[int, int]], chosen: Sequence[int], length: int) -> Tensor:
+    """Response whose token comes next, ``[length]``; a token at the very start has nothing before it."""
+    out = torch.full((length,), -1)
+    for index in chosen:
+        start, end = responses[index]
+        out[max(start - 1, 0) : end - 1] = index
+    return out
 
 
 def attention_mask(query: TokenIds, key: TokenIds, *, context_attention: str = "block") -> Tensor:

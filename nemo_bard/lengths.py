@@ -67,13 +67,22 @@ class SampleSizes:
         start, end = self.responses[self.response_edges[1:] - 1].astype(np.int64).T
         return start + (end - start - 1) // block_size * block_size
 
-    def row_lengths(self, block_size: int, *, turns: str = "all", anchor_block_size: int | None = None) -> np.ndarray:
+    def row_lengths(
+        self,
+        block_size: int,
+        *,
+        turns: str = "all",
+        anchor_block_size: int | None = None,
+        noisy_copies: int = 1,
+        next_token: bool = False,
+    ) -> np.ndarray:
         """Tokens of every sample's training row, ``[n]`` int64; arguments as ``BlockDiffusionCollator``'s."""
         sizes = (self.responses[:, 1] - self.responses[:, 0]).astype(np.int64)
         padded = -(-sizes // block_size) * block_size
         last = self.response_edges[1:] - 1
         noisy = padded[last] if turns == "last" else np.add.reduceat(padded, self.response_edges[:-1])
-        return self._kept(anchor_block_size or block_size) + noisy
+        kept = self.responses[last, 1].astype(np.int64) if next_token else self._kept(anchor_block_size or block_size)
+        return kept + noisy_copies * noisy
 
     def vision_tokens(self, block_size: int, *, anchor_block_size: int | None = None) -> np.ndarray:
         """Image and video tokens of every sample's training row, ``[n]`` int64."""

@@ -150,6 +150,21 @@ class MaskNoise:
         return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
 
 
+def complement(clean_ids: Tensor, drawn: NoiseOutput, *, mask_token_id: int) -> NoiseOutput:
+    """Mask exactly the tokens that a draw of ``MaskNoise`` left clean.
+
+    Under the draw a token is masked with probability ``t``, here with ``1 - t``: this is a draw of the same noise at the
+    level ``1 - t``, and together they supervise every token once.
+
+    Args:
+        clean_ids: Response tokens, ``[R]`` int64; not modified.
+        drawn: What ``MaskNoise.corrupt`` made of them.
+        mask_token_id: Id of ``[MASK]``.
+    """
+    masked = ~drawn.noise_mask
+    return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
+
+
 @dataclass(frozen=True, kw_only=True)
 class UniformNoise:
     """Uniform noise: with probability ``t`` (at most 0.999) a token becomes a uniformly random vocabulary id."""

@@ -183,7 +183,13 @@ def pack_dataset(
     """
     sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers)
     block, anchor = collator.config.block_size, collator.anchor_block_size
-    lengths = sizes.row_lengths(block, turns=collator.turns, anchor_block_size=anchor)
+    lengths = sizes.row_lengths(
+        block,
+        turns=collator.turns,
+        anchor_block_size=anchor,
+        noisy_copies=collator.noisy_copies,
+        next_token=collator.next_token,
+    )
     vision = sizes.vision_tokens(block, anchor_block_size=anchor)
     collator.lengths_file = path
     overlong = np.flatnonzero(lengths > collator.max_length)

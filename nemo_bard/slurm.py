@@ -7,16 +7,18 @@ preemption signal or a failure puts it back into the queue, where the next go re
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.launch import EXIT_PREEMPTED, EXIT_USER_ERROR, FORWARDED_SIGNALS
+from nemo_bard.launch import COMPLETE, EXIT_PREEMPTED, EXIT_USER_ERROR, FAILURES, FORWARDED_SIGNALS, JOB_FILES
 
 SIGNAL_SLACK_SECONDS = 60
 """Slurm counts time limits in minutes (sbatch, ``--signal``)."""
@@ -27,15 +29,18 @@ OWN_OPTIONS = {
     "time": "time", "array": None, "error": None,
 }  # fmt: skip
 """Options of sbatch that the script sets or cannot work with -> the key of ``launch`` that says it, if any."""
+SUBMITTED = "job.json"
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+)  # fmt: skip
+"""States that a job does not leave; squeue still tells of them for some minutes."""
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d)(?::([0-5]\d))?")
 LISTS = ("modules", "setup", "container_mounts", "sbatch")
 
-BODY = r"""
-# The first node of the allocation is the meeting point. Slurm's address of it, as its name need not be in the DNS.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 12000))
+ENVIRONMENT = ("export PYTHONUNBUFFERED=1", "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}")
 
+TRAP = """
 # USR1 comes before the time limit, TERM before preemption. Workers take either as: save and stop.
 stopped=no
 step=
@@ -44,6 +49,18 @@ stop() {
     [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
 }
 trap stop USR1 TERM
+"""
+BODY = r"""
+# The first node of the allocation is the meeting point. Slurm's address of it, as its name need not be in the DNS.
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+port=$((20000 + SLURM_JOB_ID % 12000))
+
+# This go. A worker removes the record of failures when there is a new checkpoint, and says when the chain is complete.
+export @JOB_FILES@=@FOLDER@/$SLURM_JOB_ID
+restarts=${SLURM_RESTART_COUNT:-0}
+[ "$restarts" != 0 ] || rm -f "$@JOB_FILES@@FAILURES@" "$@JOB_FILES@@COMPLETE@"  # of an earlier job of this number
+echo "slurm: job $SLURM_JOB_ID, go $((restarts + 1)), $(date '+%F %T'), $SLURM_JOB_NODELIST, @NODES@ x @PROCESSES@ processes"
 
 # One torchrun per node, which passes the signal on to its workers; sets code. When the first node has ended, the others
 # have a minute.
@@ -58,6 +75,7 @@ run_nodes() {
         -m nemo_bard.cli finetune --config @CONFIG@ \
         @WORDS@ "${@:2}" &
     step=$!
+    [ "$stopped" = no ] || kill -USR1 "$step"  # it came just now
     wait "$step"
     code=$?
     while kill -0 "$step" 2>/dev/null; do  # a trap ended the wait, not the step
@@ -69,9 +87,9 @@ run_nodes() {
 
 @RUN@
 
-# What now? 0: complete. @USER_ERROR@: a mistake in the command or its files, which would be there again.
-restarts=${SLURM_RESTART_COUNT:-0}
-if [ "$code" = 0 ]; then
+# What now? 0: complete, also if a signal came when everything was done. @USER_ERROR@: a mistake in the command or its files,
+# which would be there again.
+if [ "$code" = 0 ] || [ -f "$@JOB_FILES@@COMPLETE@" ]; then
     echo "slurm: the chain is complete after $restarts requeues"
     exit 0
 fi
@@ -80,10 +98,10 @@ if [ "$code" = @USER_ERROR@ ]; then
     exit "$code"
 fi
 if [ "$stopped" = no ] && [ "$code" != @PREEMPTED@ ]; then
-    failures=@FOLDER@/$SLURM_JOB_ID.failures
-    echo "go $restarts: exit code $code" >>"$failures"
-    if [ "$(wc -l <"$failures")" -ge @MAX_FAILURES@ ]; then
-        echo "slurm: not requeued, @MAX_FAILURES@ goes have failed (launch.max_failures); the last exit code is $code"
+    echo "go $((restarts + 1)): exit code $code" >>"$@JOB_FILES@@FAILURES@"
+    if [ "$(wc -l <"$@JOB_FILES@@FAILURES@")" -ge @MAX_FAILURES@ ]; then
+        echo "slurm: not requeued, @MAX_FAILURES@ failures without a new checkpoint in between (launch.max_failures);" \
+            "the last exit code is $code"
         exit "$code"
     fi
 fi
@@ -91,9 +109,12 @@ if [ "$restarts" -ge @MAX_REQUEUES@ ]; then
     echo "slurm: not requeued, $restarts requeues (launch.max_requeues); the last exit code is $code"
     exit "$code"
 fi
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+for pause in 5 15 40 0; do  # the controller may be busy
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) && break
+    sleep $pause
+done
 if [ "$state" != RUNNING ]; then  # cancelled by a person, or being requeued by Slurm
-    echo "slurm: stopped with exit code $code; Slurm says $state"
+    echo "slurm: stopped with exit code $code, not requeued; Slurm says ${state:-nothing}"
     exit "$code"
 fi
 echo "slurm: stopped with exit code $code, back into the queue (requeue $((restarts + 1)))"
@@ -123,6 +144,11 @@ def submit(
     check_cluster(settings)
     text = script(settings, stages, config_path, words, processes)
     folder = Path(settings["folder"]).absolute()
+    number, state = find_job(folder) or (None, None)
+    if settings["submit"] and state is not None:
+        raise ValueError(
+            f"{folder}: job {number} of an earlier command is {state}; wait for it, or scancel {number} first"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.sbatch"
     path.write_text(text)
@@ -133,8 +159,32 @@ def submit(
         if done.returncode:
             raise ValueError(f"sbatch refuses {path}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}")
         number = done.stdout.strip().split(";")[0]
+        (folder / SUBMITTED).write_text(json.dumps({"job": number, "time": time.time()}) + "\n")
         sys.stdout.write(f"submitted: job {number}, output in {folder}/{number}.log\n")
     return 0
+
+
+def find_job(folder: Path) -> tuple[str, str | None] | None:
+    """Tell about the newest job of a folder.
+
+    Args:
+        folder: ``launch.folder``.
+
+    Returns:
+        The job's number and what the queue says of it, such as ``PENDING (Resources)``, or None if it is not there or
+        there is no ``squeue`` here; None if no job was submitted.
+    """
+    if not (folder / SUBMITTED).is_file():
+        return None
+    number = json.loads((folder / SUBMITTED).read_text())["job"]
+    if shutil.which("squeue") is None:
+        return number, None
+    words = ["squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T %r"]
+    told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split(maxsplit=1)
+    if not told or told[0] in ENDED:
+        return number, None
+    reason = "" if len(told) < 2 or told[1].strip() == "None" else f" ({told[1].strip()})"
+    return number, told[0] + reason
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -187,17 +237,17 @@ def _check_option(line: str) -> None:
 
 
 def _check_time(settings: Mapping[str, Any]) -> None:
-    time = settings["time"]
-    if time is None:
+    text = settings["time"]
+    if text is None:
         return
-    match = TIME.fullmatch(time) if isinstance(time, str) else None
+    match = TIME.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got {time!r}')
+        raise ValueError(f'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got {text!r}')
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if limit <= settings["grace_seconds"] + SIGNAL_SLACK_SECONDS:
         raise ValueError(
-            f"launch.time {time} must be longer than launch.grace_seconds and a minute"
+            f"launch.time {text} must be longer than launch.grace_seconds and a minute"
             f" ({settings['grace_seconds']} + {SIGNAL_SLACK_SECONDS} s), or the job would stop as soon as it starts"
         )
 
@@ -237,17 +287,26 @@ def check_cluster(settings: Mapping[str, Any]) -> None:
             )
 
 
+def processes_per_node(settings: Mapping[str, Any], processes: int | None) -> int:
+    """Return how many processes a node runs: ``processes``, else the section's, else one per GPU, else 1.
+
+    Raises:
+        ValueError: If that is below 1 or above the GPUs asked for.
+    """
+    gpus = settings["gpus_per_node"]
+    per_node = next(number for number in (processes, settings["processes"], gpus, 1) if number is not None)
+    if per_node < 1 or (gpus and per_node > gpus):
+        allowed = f"1 to {gpus} (launch.gpus_per_node)" if gpus else ">= 1"
+        raise ValueError(f"launch.processes (--nproc-per-node) must be {allowed}, got {per_node}")
+    return per_node
+
+
 def script(
     settings: Mapping[str, Any], stages: Sequence[str], config_path: Path, words: Sequence[str], processes: int | None
 ) -> str:
     """Return the text of the script; arguments as ``submit``."""
     folder = Path(settings["folder"]).absolute()
-    per_node = processes if processes is not None else settings["processes"]
-    if per_node is None:
-        per_node = settings["gpus_per_node"] or 1
-    if per_node < 1 or (settings["gpus_per_node"] and per_node > settings["gpus_per_node"]):
-        allowed = f"1 to {settings['gpus_per_node']} (launch.gpus_per_node)" if settings["gpus_per_node"] else ">= 1"
-        raise ValueError(f"launch.processes (--nproc-per-node) must be {allowed}, got {per_node}")
+    per_node = processes_per_node(settings, processes)
     if settings["mode"] == "one_job":
         run = 'run_nodes ""'
     else:
@@ -265,6 +324,9 @@ def script(
         "WORDS": " \\\n        ".join(shlex.quote(word) for word in words) or '""',
         "RUN": run,
         "FOLDER": shlex.quote(str(folder)),
+        "JOB_FILES": JOB_FILES,
+        "FAILURES": FAILURES,
+        "COMPLETE": COMPLETE,
         "PREEMPTED": EXIT_PREEMPTED,
         "USER_ERROR": EXIT_USER_ERROR,
         "MAX_FAILURES": settings["max_failures"],
@@ -274,7 +336,7 @@ def script(
     before = [f"module load {shlex.quote(name)}" for name in settings["modules"]] + settings["setup"]
     lines = ["#!/bin/bash", f"# Chain {settings['job_name']}: nodes x processes = {settings['nodes']} x {per_node};"]
     lines += ["# written by nemo-bard, and written anew by the same command.", *_directives(settings, folder)]
-    lines += ["", f"cd {shlex.quote(str(Path.cwd()))} || exit {EXIT_USER_ERROR}", "export PYTHONUNBUFFERED=1", *before]
+    lines += [TRAP, f"cd {shlex.quote(str(Path.cwd()))} || exit {EXIT_USER_ERROR}", *ENVIRONMENT, *before]
     return "\n".join(lines) + "\n" + body
 
 
@@ -303,6 +365,7 @@ def _srun_options(settings: Mapping[str, Any]) -> list[str]:
         options.append(f"--cpus-per-task={settings['cpus_per_task']}")  # since 22.05 srun does not take sbatch's
     if settings["container"]:
         options.append(f"--container-image={shlex.quote(settings['container'])}")
+        options.append('--container-workdir="$PWD"')  # folders on the command line may be relative
         if settings["container_mounts"]:
             options.append(f"--container-mounts={shlex.quote(','.join(settings['container_mounts']))}")
     return options

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 from nemo_bard.commands import USER_ERRORS
+from nemo_bard.console import hush
 from nemo_bard.launch import count_processes, run_torchrun, under_torchrun
 from nemo_bard.paths import find_recipe
 from nemo_bard.recipe_file import (
@@ -52,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe here, or start torchrun with one worker per process and pass its exit code on."""
+    hush()
     config_path = find_recipe(args.config)
     recipe_class = load_recipe_class(config_path, load_raw_config(config_path, []))
     pairs: list[tuple[str, str]] = []

@@ -7,7 +7,6 @@ write its manifest; score it. Rank 0 writes, all ranks follow its decisions.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,8 @@ from typing import Any
 import yaml
 
 from nemo_bard.checkpoint import read_model_type
-from nemo_bard.launch import EXIT_PREEMPTED, LAUNCHERS, under_torchrun
+from nemo_bard.console import allow_all_lines, keep_to_own_lines
+from nemo_bard.launch import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
 from nemo_bard.pipeline import checks
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.compose import compose, read_words
@@ -83,15 +83,22 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
+        launcher = LAUNCHERS[job.launch["name"]]
         if words.cfg:
             sys.stdout.write(describe(job))
             sys.stdout.flush()
             checks.check_chain(job)
+            checks.check_world(job, launcher.world_size(job.launch, processes))
             return 0
         check_early(job)
-        launcher = LAUNCHERS[job.launch["name"]]
+        if launcher.elsewhere:
+            checks.check_chain(job)  # now, not after a day in a queue
+        checks.check_world(job, launcher.world_size(job.launch, processes))
         parts = [*(stage.name for stage in job.stages), REPORT]
-        return launcher.start(job.launch, parts, config_path, list(overrides), processes)
+        code = launcher.start(job.launch, parts, config_path, list(overrides), processes)
+        if launcher.elsewhere and files.read_json(job.run_dir / files.IDENTITY) is None:
+            take_run_dir(job)  # for `nemo-bard status` until the first worker does it
+        return code
 
     # ------------------ a run ------------------
     def setup(self) -> None:
@@ -102,7 +109,7 @@ class Pipeline:
         """
         die_with_launcher()
         self.world.stop.install()
-        quiet()
+        keep_to_own_lines()
         self.world.connect(self.job.launch["timeout_minutes"])
         self.world.on_main(self._take)
 
@@ -111,11 +118,7 @@ class Pipeline:
         checks.check_chain(self.job)
         checks.check_world(self.job, self.world.size)
         self._held.enter_context(files.locked(self.job.run_dir))
-        files.write_json(
-            self.job.run_dir / files.IDENTITY,
-            {"pipeline": self.job.name, "stages": [stage.name for stage in self.job.stages]},
-        )
-        files.write_text(self.job.run_dir / files.COMPOSED, dump(self.job.config))
+        take_run_dir(self.job)
 
     def run_train_validation_loop(self) -> int:
         """Run what is left of the chain.
@@ -130,13 +133,14 @@ class Pipeline:
                     return self._preempted(stage)
             if self.only in (None, REPORT):
                 self.world.on_main(self._report)
+            self.world.stop.ignore()  # nothing is left to do: no reason to end in another way than well
             return 0
         except Preempted:
             return self._preempted(None)
         finally:
             self._held.close()
             self.world.stop.release()
-            logging.disable(logging.NOTSET)
+            allow_all_lines()
 
     def _run_stage(self, stage: Stage) -> bool:
         """Bring one stage to its end and score it; False if a signal came first."""
@@ -239,11 +243,13 @@ class Pipeline:
             seconds = progress.get("seconds", seconds)
         manifest = files.finish(stage, self.job, started, seconds=seconds, finished_at=time.time())
         self.say(f"      {stage.name}: done in {duration(seconds)}, {stage.export}")
+        note_progress()
         return manifest
 
     def _report(self) -> None:
         path = write_report(self.job.run_dir)
         self.say(f"report: {path}")
+        note_complete()
 
     def _preempted(self, stage: Stage | None) -> int:
         where = "" if stage is None else f" in stage {stage.name}"
@@ -268,13 +274,11 @@ def check_early(job: Job) -> None:
     checks.check_inputs(job)
 
 
-def quiet() -> None:
-    """Keep the console for one progress bar per stage: upstream's account of every step is in the metrics files anyway.
-
-    Recipes set the level of the root logger when they start, hence the switch for the whole process.
-    """
-    if os.environ.get("NEMO_BARD_DEBUG") != "1":
-        logging.disable(logging.INFO)
+def take_run_dir(job: Job) -> None:
+    """Say in the run directory which pipeline it belongs to, and how it was composed."""
+    identity = {"pipeline": job.name, "stages": [stage.name for stage in job.stages]}
+    files.write_json(job.run_dir / files.IDENTITY, identity)
+    files.write_text(job.run_dir / files.COMPOSED, dump(job.config))
 
 
 def dump(value: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.report import duration
+from nemo_bard.slurm import find_job
 
 STALE_SECONDS = 300.0
 FRESH_SECONDS = 60.0
@@ -43,6 +45,10 @@ class RunStatus:
     running: bool
     """Whether a process holds the run directory, or has just written its progress from another machine."""
     reported: bool
+    job: str | None = None
+    """Number of the newest Slurm job."""
+    queue: str | None = None
+    """What the queue says of it (``PENDING (Resources)``); None if it is not there."""
 
     @property
     def complete(self) -> bool:
@@ -52,7 +58,7 @@ class RunStatus:
     @property
     def needs_resume(self) -> bool:
         """Whether the command has to be run again."""
-        return not self.complete and not self.running
+        return not self.complete and not self.running and self.queue is None
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -71,10 +77,25 @@ def read_status(run_dir: Path) -> RunStatus:
     running = files.is_locked(run_dir)
     if not running and not files.ran_here(run_dir):
         running = time.time() - max(written, default=0.0) < FRESH_SECONDS
+    job, queue = _find_job(run_dir, config)
+    running = running or (queue is not None and queue.split()[0] in ("RUNNING", "COMPLETING"))
     stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
     return RunStatus(
-        pipeline=identity["pipeline"], stages=stages, running=running, reported=(run_dir / "report.html").is_file()
+        pipeline=identity["pipeline"],
+        stages=stages,
+        running=running,
+        reported=(run_dir / "report.html").is_file(),
+        job=job,
+        queue=queue,
     )
+
+
+def _find_job(run_dir: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    folder = (config.get("launch") or {}).get("folder")
+    for place in (run_dir / "slurm", *([] if folder is None else [Path(folder)])):
+        if (found := find_job(place)) is not None:
+            return found
+    return None, None
 
 
 def _read_stage(name: str, folder: Path, running: bool) -> StageStatus:
@@ -118,7 +139,9 @@ def render(status: RunStatus, run_dir: Path) -> str:
     if status.complete:
         lines.append(f"complete; report: {run_dir / 'report.html'}")
     elif status.running:
-        lines.append("running")
+        lines.append("running" if status.queue is None else f"running; Slurm job {status.job}: {status.queue}")
+    elif status.queue is not None:
+        lines.append(f"Slurm job {status.job}: {status.queue}; it goes on by itself")
     else:
         lines.append("not running; run the same command again to go on")
     return "\n".join(lines) + "\n"

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.launch import PREEMPTION_SIGNALS
+from nemo_bard.launch import PREEMPTION_SIGNALS, note_progress
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.plan import Job, Stage
 from nemo_bard.pipeline.world import World
 from nemo_bard.recipe_file import load_config, load_recipe_class
+from nemo_bard.report import duration
 
 logger = logging.getLogger(__name__)
+
+LINE_SECONDS = 60.0
+"""Between two lines about a stage where no progress bar can be drawn, such as a job's log."""
 
 
 def train(stage: Stage, job: Job, world: World) -> bool:
@@ -100,6 +104,7 @@ class Watch:
         self.step_seconds: float | None = None
         self.sample: Any = None
         self.last = self.written = time.monotonic()
+        self.said: float | None = None
 
     def start(self) -> None:
         """Put the methods in between."""
@@ -110,13 +115,18 @@ class Watch:
         if not self.is_main:
             return
         make_bar, log = self.recipe._make_progress_bar, self.recipe.log_train_metrics
-        self.recipe._make_progress_bar = lambda *args, **kwargs: titled(make_bar(*args, **kwargs), self.stage.name)
+        self.draws = sys.stderr.isatty()
+        self.recipe._make_progress_bar = lambda *args, **kwargs: (
+            titled(make_bar(*args, **kwargs), self.stage.name) if self.draws else None
+        )
         self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
         self.write(None)
 
     def saved(self) -> None:
         """Look for a signal: upstream (0.7.0) does so only at steps that are no checkpoint steps otherwise."""
         _ = self.recipe.step_scheduler.sigterm_received
+        if self.is_main:
+            note_progress()
 
     def settle(self, path: str) -> None:
         """Bring a written checkpoint onto the disk on every machine, before it counts as whole."""
@@ -143,6 +153,19 @@ class Watch:
         self.device_memory = max(self.device_memory, float(sample.metrics.get("mem", 0.0)))
         if now - self.written >= 2.0:
             self.write(sample)
+        if not self.draws and (self.said is None or now - self.said >= LINE_SECONDS):
+            self.said = now
+            self.say(sample)
+
+    def say(self, sample: Any) -> None:  # noqa: ANN401
+        """Write a line in place of a progress bar."""
+        scheduler = self.recipe.step_scheduler
+        left = duration((scheduler.max_steps - scheduler.step - 1) * self.step_seconds)
+        loss = float(sample.metrics["loss"])
+        sys.stdout.write(
+            f"      {self.stage.name}: step {scheduler.step + 1}/{scheduler.max_steps}, loss {loss:.4f}, {left} left\n"
+        )
+        sys.stdout.flush()
 
     def write(self, sample: Any) -> None:  # noqa: ANN401
         """Write ``progress.json``."""

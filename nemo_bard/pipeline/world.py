@@ -37,6 +37,13 @@ class StopSignal:
             number = signal.Signals[name]
             self._previous[number] = signal.signal(number, self._remember)
 
+    def ignore(self) -> None:
+        """Let the signals pass from now on, in a worker; elsewhere ``release`` comes next."""
+        if under_torchrun():
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
+            self._previous.clear()
+
     def release(self) -> None:
         """Give them back."""
         for number, handler in self._previous.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_bard.collate import IGNORE_INDEX
 from nemo_bard.layout import NOISY, PADDING
-from nemo_bard.noise import make_noise, sample_generator
+from nemo_bard.noise import complement, make_noise, sample_generator
 from nemo_bard.train.recipe_config import NoiseSettings
 
 PADDING_WEIGHT = 0.5
@@ -35,9 +35,11 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
 
     Every response has its own draw, in order, from the generator of its sample; with ``per: sample`` the level is drawn
     once, before them. If fewer than ``min_masked`` tokens of the sample came out masked, random further ones are.
+    With ``complementary`` the first of a response's two noisy copies gets the draw, at the levels ``t``, and the second
+    its complement, at the levels ``1 - t``.
 
     Args:
-        batch: What the collator returned, on CPU; not modified.
+        batch: What the collator returned, on CPU; not modified. With ``complementary`` it has two noisy copies.
         settings: Kind and levels of the noise.
         context: Token ids, block size, seed and epoch.
 
@@ -57,6 +59,11 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
         shared = levels.sample(1, generator=generator) if settings.per == "sample" else None
         for response in responses[inside].unique().tolist():
             places = (inside & (responses == response)).nonzero().flatten()
+            second = None
+            if settings.complementary:
+                places, second = places.chunk(2)
+                own = batch["block_ids"][row]
+                assert (own[places] - own[second] == 1).all(), "the collator lays out two noisy copies, see layout"
             blocks = len(places) // context.block_size
             assert blocks * context.block_size == len(places), "a noisy copy is whole blocks"
             drawn = shared.expand(blocks) if shared is not None else levels.sample(blocks, generator=generator)
@@ -70,6 +77,10 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
             )
             input_ids[row, places] = result.noisy_ids
             loss_mask[row, places] = result.loss_mask
+            if second is not None:
+                other = complement(input_ids[row, second], result, mask_token_id=context.mask_token_id)
+                t[row, second] = (1 - t[row, places]).clamp_min(levels.low)
+                input_ids[row, second], loss_mask[row, second] = other.noisy_ids, other.loss_mask
         missing = settings.min_masked - int(loss_mask[row, inside].sum())
         if missing > 0:
             free = (inside & ~loss_mask[row]).nonzero().flatten()
@@ -113,7 +124,7 @@ def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]
         **batch,
         "labels": batch["labels"].masked_fill(gone, IGNORE_INDEX),
         "sample_ids": batch["sample_ids"].masked_fill(gone, PADDING),
-        "response_ids": batch["response_ids"].masked_fill(gone, -1),
+        **{key: batch[key].masked_fill(gone, -1) for key in ("response_ids", "ar_response_ids") if key in batch},
         "noise_keys": [batch["noise_keys"][number] for number in keep],
         "slots": [batch["slots"][number] for number in keep],
         "num_samples": len(keep),

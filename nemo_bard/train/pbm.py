@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, chunked_loss
+from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, ChunkLoss, chunked_loss
 from nemo_bard.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.configuration import BardVLConfig, check_mask_token_id
 from nemo_bard.layout import PADDING
@@ -36,9 +37,16 @@ from nemo_bard.model import BardVLForConditionalGeneration
 from nemo_bard.packing import PackedDataset, pack_dataset
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
+from nemo_bard.train.joint import JointLoss, next_tokens, weigh_next_tokens
 from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
 from nemo_bard.train.packed_loader import PackedDataloaderConfig
-from nemo_bard.train.recipe_config import NoiseSettings, check_batch_sizes, validate_recipe
+from nemo_bard.train.recipe_config import (
+    NoiseSchedule,
+    NoiseSettings,
+    check_ar_loss,
+    check_batch_sizes,
+    validate_recipe,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +66,8 @@ class StepTotals(NamedTuple):
     """Tokens that belong to a sample, noisy copies included."""
     num_dropped: int
     """Samples dropped because they are too long."""
+    num_ar_tokens: int = 0
+    """Tokens that the context predicts, with ``ar_loss_weight``."""
     num_positions: int = 0
     """Positions of all rows, padding included."""
 
@@ -70,6 +80,7 @@ def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
             int(b["loss_mask"].sum()),
             int((b["sample_ids"] != PADDING).sum()),
             b["num_dropped"],
+            int((b["ar_response_ids"] >= 0).sum()) if "ar_response_ids" in b else 0,
             b["sample_ids"].numel(),
         )
         for b in batches
@@ -104,6 +115,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
 
     loss_class: ClassVar[type[nn.Module]] = BlockDiffusionLoss
     """What ``loss_fn`` has to be."""
+    ar_loss_weight: float = 0.0
+    """Weight of the joint autoregressive loss, see ``train.joint``."""
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -125,7 +138,12 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """
         self.validate_config(self.cfg.to_yaml_dict(use_orig_values=True))
         cpu_compat.apply()
-        self.noise = NoiseSettings.from_dict(_section(self.cfg, "noise"))
+        noise = _section(self.cfg, "noise") or {}
+        self.noise_schedule = NoiseSchedule.from_dict(noise)
+        self.noise_phase: int | None = None
+        self.noise = NoiseSettings.from_dict({key: value for key, value in noise.items() if key != "schedule"})
+        self.ar_loss_weight = float(self.cfg.get("ar_loss_weight", 0.0))
+        self.joint_parts: list[Tensor] = []
         validation = _section(self.cfg, "validation_noise")
         self.validation_noise = NoiseSettings.from_dict(
             {"name": self.noise.name, "num_random_ids": self.noise.num_random_ids} if validation is None else validation
@@ -149,15 +167,17 @@ class PBMRecipe(FinetuneRecipeForVLM):
         finally:
             upstream.removeFilter(told)
         self._check_built()
-        self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, packed=True)
+        self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, self.noise, packed=True)
         if self.val_dataloader is not None:
-            self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn)
+            self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn, self.validation_noise)
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
 
-    def _complete(self, collate: partial, *, packed: bool = False) -> Callable[[list[Any]], dict[str, Any]]:
+    def _complete(
+        self, collate: partial, noise: NoiseSettings, *, packed: bool = False
+    ) -> Callable[[list[Any]], dict[str, Any]]:
         """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
-        settings = self._collator_settings()
+        settings = self._collator_settings(noise)
         if uses_flex(self._model_config, self.dist_env.device):
             settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
         if packed and self.packing.get("max_length") is not None:
@@ -171,16 +191,16 @@ class PBMRecipe(FinetuneRecipeForVLM):
         loader = self.cfg.vlm_dataloader
         return pack_dataset(
             dataset,
-            self._complete(loader.collator.build(processor=processor), packed=True),
+            self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
             cache_dir=Path(self.packing.get("cache_dir") or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
             seed=self.seed,
             shuffle=loader.shuffle,
             num_workers=loader.num_workers,
         )
 
-    def _collator_settings(self) -> dict[str, Any]:
-        """What the collators get from the recipe besides the model's configuration."""
-        return {}
+    def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
+        """What a collator gets from the recipe besides the model's configuration; ``noise`` is that of its batches."""
+        return {"noisy_copies": 2 if noise.complementary else 1, "next_token": self.ar_loss_weight > 0}
 
     def _fill_defaults(self) -> None:
         """Write values that depend on the machine, or that must not be upstream's default, into the configuration."""
@@ -224,6 +244,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             )
         if self.processor is None:
             raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
+        check_ar_loss(self.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
         model.generation_config.block_size = None
         samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
@@ -271,13 +292,15 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """Draw the noise of all microbatches, normalise over the whole step, and let upstream do the rest."""
         position = self.step_scheduler.step % self.step_scheduler.epoch_len * self.step_scheduler.grad_acc_steps
         context = self._noise_context(self.seed, self.step_scheduler.epoch)
+        noise = self._noise_of_step()
         batches = [
-            corrupt_batch(self._without_repeats(batch, self.dataloader, position + i), self.noise, context)
+            corrupt_batch(self._without_repeats(batch, self.dataloader, position + i), noise, context)
             for i, batch in enumerate(batches)
         ]
         totals = self._reduce(count(batches))
         self._report_dropped(totals)
         started = self.timestamp
+        self.joint_parts.clear()
         log_data = super()._run_train_optim_step([self._weigh(batch, totals) for batch in batches], max_grad_norm)
         tps = totals.num_tokens / max(self.timestamp - started, 1e-9)
         log_data.metrics.update(
@@ -289,11 +312,49 @@ class PBMRecipe(FinetuneRecipeForVLM):
             tps=tps,
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
         )
+        if len(self.noise_schedule.phases) > 1:
+            levels = noise.levels()
+            log_data.metrics.update(noise_phase=self.noise_phase, noise_low=levels.low, noise_high=levels.high)
+        if self.ar_loss_weight:
+            diffusion, ar = self._reduce_joint_parts()
+            log_data.metrics.update(diffusion_loss=diffusion, ar_loss=ar, num_ar_tokens=totals.num_ar_tokens)
         return log_data
 
+    def _noise_of_step(self) -> NoiseSettings:
+        """Noise of this optimizer step; says so in the log where a phase of the schedule begins.
+
+        The run ends with ``max_steps`` or with its epochs, whatever comes first.
+        """
+        scheduler = self.step_scheduler
+        total = scheduler.max_steps
+        if scheduler.epoch_len is not None:
+            total = min(total, scheduler.num_epochs * scheduler.epoch_len)
+        number, noise = self.noise_schedule.at(scheduler.step, total)
+        if number != self.noise_phase and len(self.noise_schedule.phases) > 1 and self.dist_env.is_main:
+            edges = self.noise_schedule.first_steps(total)
+            empty = [i for i, (a, b) in enumerate(pairwise(edges)) if a == b]
+            if self.noise_phase is None and empty:
+                logger.warning("noise.schedule: phases %s have no step in a run of %d steps", empty, total)
+            logger.info(
+                "step %d: phase %d of noise.schedule, to step %d: %s",
+                scheduler.step,
+                number,
+                edges[number + 1] - 1,
+                self.noise_schedule.phases[number],
+            )
+        self.noise_phase = number
+        return noise
+
     def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
-        """Add ``output_positions`` and ``output_weight`` to a corrupted microbatch."""
-        return weigh(batch, self.loss_fn.reduction, totals)
+        """Add ``output_positions`` and ``output_weight`` to a corrupted microbatch, and what its context predicts."""
+        return {**weigh(batch, self.loss_fn.reduction, totals), **self._weigh_next_tokens(batch, totals)}
+
+    def _weigh_next_tokens(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
+        """Add ``ar_positions`` and ``ar_weight`` if there is an autoregressive loss."""
+        if not self.ar_loss_weight:
+            return {}
+        numbers = {"num_samples": totals.num_samples, "num_tokens": totals.num_ar_tokens}
+        return weigh_next_tokens(batch, self.loss_fn.reduction, **numbers)
 
     def _noise_context(self, seed: int, epoch: int, stream: int = 0) -> NoiseContext:
         return NoiseContext(
@@ -359,15 +420,33 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 (loss * self._get_dp_group_size(include_cp=True)).backward()
 
     def _compute_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Loss of a weighed microbatch: a scalar that sums to the step's loss over microbatches and ranks."""
+        """Loss of a weighed microbatch: a scalar that sums to the step's loss over microbatches and ranks.
+
+        With ``ar_loss_weight`` the context tokens follow the noisy ones at the LM head, which runs once for both.
+        """
+        loss, positions = self._diffusion_loss(batch), batch["output_positions"]
+        if self.ar_loss_weight:
+            following = next_tokens(batch)
+            loss = JointLoss(loss, len(positions), following, ar_weight=self.ar_loss_weight)
+            self.joint_parts.append(loss.parts)
+            positions = torch.cat([positions, following.positions])
+        output_fn = partial(chunked_loss, loss=loss, chunk_tokens=self.loss_chunk_tokens)
+        inputs = self._model_inputs({**batch, "output_positions": positions}, self._model_config)
+        return model(**inputs, output_fn=output_fn)
+
+    def _diffusion_loss(self, batch: dict[str, Any]) -> ChunkLoss:
+        """Loss of a weighed microbatch's noisy tokens, in their order in ``output_positions``."""
         positions, weight = batch["output_positions"], batch["output_weight"]
         labels, noisy_ids = batch["labels"].flatten()[positions], batch["input_ids"].flatten()[positions]
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             return self.loss_fn(logits, labels[part], weight=weight[part], noisy_ids=noisy_ids[part])
 
-        output_fn = partial(chunked_loss, loss=loss, chunk_tokens=self.loss_chunk_tokens)
-        return model(**self._model_inputs(batch, self._model_config), output_fn=output_fn)
+        return loss
+
+    def _reduce_joint_parts(self) -> list[float]:
+        """Diffusion and autoregressive loss, summed over microbatches and ranks."""
+        return self._dp_allreduce(torch.stack(self.joint_parts).sum(0), include_cp=True).tolist()
 
     def _model_inputs(self, batch: dict[str, Any], config: BardVLConfig) -> dict[str, Any]:
         """Arguments of the forward of a model with this configuration."""
@@ -393,7 +472,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             part.eval()
         context = self._noise_context(VALIDATION_SEED, 0, VALIDATION_STREAM)
         losses, seen = [], StepTotals(0, 0, 0, 0)
-        one = StepTotals(1, 1, 0, 0)
+        one = StepTotals(1, 1, 0, 0, num_ar_tokens=1)
+        self.joint_parts.clear()
         for index, collated in enumerate(val_dataloader):
             batch = self._without_repeats(collated, val_dataloader, index)
             batch = corrupt_batch(batch, self.validation_noise, context)
@@ -409,11 +489,18 @@ class PBMRecipe(FinetuneRecipeForVLM):
         totals = self._reduce(seen)
         divisor = totals.num_samples if self.loss_fn.reduction == "mean" else totals.num_loss_tokens
         total = self._dp_allreduce(torch.stack(losses).double().sum(), include_cp=True).item()
+        val_loss, joint = total / max(divisor, 1), {}
+        if self.ar_loss_weight:
+            ar_divisor = totals.num_samples if self.loss_fn.reduction == "mean" else totals.num_ar_tokens
+            diffusion, ar = self._reduce_joint_parts()
+            joint = {"val_diffusion_loss": diffusion / max(divisor, 1), "val_ar_loss": ar / max(ar_divisor, 1)}
+            val_loss = joint["val_diffusion_loss"] + self.ar_loss_weight * joint["val_ar_loss"]
         return MetricsSample(
             step=self.step_scheduler.step,
             epoch=self.step_scheduler.epoch,
             metrics={
-                "val_loss": total / max(divisor, 1),
+                "val_loss": val_loss,
+                **joint,
                 "lr": self.optimizer[0].param_groups[0]["lr"],
                 "num_label_tokens": totals.num_loss_tokens,
                 "num_samples": totals.num_samples,

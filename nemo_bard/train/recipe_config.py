@@ -6,11 +6,12 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, check_chunk_tokens
 from nemo_bard.noise import NoiseLevels, make_noise
@@ -19,7 +20,7 @@ RECIPE_KEYS = (
     "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
     "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
     "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
-    "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens",
+    "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens", "ar_loss_weight",
     "packing",
 )  # fmt: skip
 """Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
@@ -91,6 +92,9 @@ class NoiseSettings:
     where special and added tokens begin (151643 for Qwen3-VL, what the reference draws from)."""
     min_masked: int = 0
     """Masked tokens that every sample has at least (all, if it has fewer); for ``mask`` with ``per: sample``."""
+    complementary: bool = False
+    """Lay every response out twice, once with the noise and once with its complement; for ``mask``. Levels then come
+    from the part of [low, high] whose complement lies in it too."""
 
     def __post_init__(self) -> None:
         make_noise(self.name)
@@ -98,7 +102,7 @@ class NoiseSettings:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"noise.{key} must be a number, got {value!r}")
-        self.levels()
+        NoiseLevels(low=float(self.low), high=float(self.high), per=self.per)
         if self.num_random_ids is not None:
             _check_count("noise.num_random_ids", self.num_random_ids)
         if isinstance(self.min_masked, bool) or not isinstance(self.min_masked, int) or self.min_masked < 0:
@@ -108,21 +112,135 @@ class NoiseSettings:
                 f"noise.min_masked={self.min_masked} needs noise.name: mask and noise.per: sample, got {self.name!r}"
                 f" and {self.per!r}"
             )
+        if not isinstance(self.complementary, bool):
+            raise ValueError(f"noise.complementary must be true or false, got {self.complementary!r}")
+        if self.complementary:
+            self._check_complementary()
+
+    def _check_complementary(self) -> None:
+        if self.name != "mask":
+            raise ValueError(f"noise.complementary needs noise.name: mask, got {self.name!r}")
+        if self.min_masked:
+            raise ValueError(
+                f"noise.complementary supervises every token once and does not go with noise.min_masked="
+                f"{self.min_masked}; set it to 0"
+            )
+        if not (self.low < 0.5 < self.high or self.low == self.high == 0.5):
+            raise ValueError(
+                f"noise.complementary needs low < 0.5 < high, because the complement of level t has level 1 - t, got"
+                f" low={self.low}, high={self.high}"
+            )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None, *, section: str = "noise") -> NoiseSettings:
-        """Build from a recipe's section; ``section`` is its name in error messages.
+    def from_dict(
+        cls, values: Mapping[str, Any] | None, *, section: str = "noise", more: Sequence[str] = ()
+    ) -> NoiseSettings:
+        """Build from a recipe's section; ``section`` is its name in error messages, ``more`` further keys it knows.
 
         Raises:
             ValueError: For an unknown key (names the nearest one) or a value that is not allowed.
         """
         values = dict(values or {})
-        check_keys(section, values, [field.name for field in fields(cls)])
+        check_keys(section, values, [*(field.name for field in fields(cls)), *more])
         return cls(**values)
 
     def levels(self) -> NoiseLevels:
-        """How the level of each block is drawn."""
-        return NoiseLevels(low=float(self.low), high=float(self.high), per=self.per)
+        """How the level of each block is drawn; with ``complementary`` from a range that ``t -> 1 - t`` maps to itself."""
+        low, high = float(self.low), float(self.high)
+        if self.complementary:
+            low = max(low, 1.0 - high)
+            high = 1.0 - low
+        return NoiseLevels(low=low, high=high, per=self.per)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePhase:
+    """One phase of a noise schedule."""
+
+    until: float
+    """Fraction of the run at which it ends, in (0, 1]."""
+    settings: NoiseSettings
+    """Its noise; with ``ramp`` that of its last step."""
+    ramp: bool = False
+    """Move ``low`` and ``high`` linearly, step by step, from those of the phase before to its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """Which noise holds at which step of a run: a pure function of the step and the length of the run."""
+
+    phases: tuple[NoisePhase, ...]
+    """At least one, in order; the last ends at 1."""
+
+    PHASE_KEYS: ClassVar[tuple[str, ...]] = ("until", "ramp", "name", "low", "high", "per", "min_masked")
+    """What a phase of ``noise.schedule`` may say; all but the first two replace keys of the ``noise`` section."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> NoiseSchedule:
+        """Build from a recipe's ``noise`` section, in which ``schedule`` may be absent.
+
+        Raises:
+            ValueError: One line that names the phase, the key, its value and what is allowed.
+        """
+        values = dict(values or {})
+        rows = values.pop("schedule", None)
+        base = NoiseSettings.from_dict(values, more=("schedule",))
+        if rows is None:
+            return cls(phases=(NoisePhase(until=1.0, settings=base),))
+        if not isinstance(rows, (list, tuple)) or not rows:
+            raise ValueError(
+                'noise.schedule must be a list of phases such as [{"until": 0.3, "high": 0.5}, {"low": 0.2}], got'
+                f" {rows!r}"
+            )
+        phases: list[NoisePhase] = []
+        for number, row in enumerate(rows):
+            key = f"noise.schedule[{number}]"
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{key} must be a section of keys, got {row!r}")
+            check_keys(key, row, cls.PHASE_KEYS)
+            until = cls._until(key, row.get("until"), phases[-1].until if phases else 0.0, number == len(rows) - 1)
+            ramp = row.get("ramp", False)
+            if not isinstance(ramp, bool):
+                raise ValueError(f"{key}.ramp must be true or false, got {ramp!r}")
+            if ramp and not phases:
+                raise ValueError(f"{key}.ramp: the first phase has no levels before it to start from")
+            changes = {name: value for name, value in row.items() if name not in ("until", "ramp")}
+            try:
+                phases.append(NoisePhase(until=until, settings=replace(base, **changes), ramp=ramp))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+        return cls(phases=tuple(phases))
+
+    @staticmethod
+    def _until(key: str, value: object, before: float, is_last: bool) -> float:
+        if is_last:
+            if value not in (None, 1) or isinstance(value, bool):
+                raise ValueError(f"{key}.until: the last phase is open; leave it out, got {value!r}")
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise ValueError(f"{key}.until must be a fraction of the run between 0 and 1, got {value!r}")
+        if value <= before:
+            raise ValueError(f"{key}.until must be greater than that of the phase before ({before}), got {value}")
+        return float(value)
+
+    def first_steps(self, total_steps: int) -> list[int]:
+        """First step of each phase in a run of ``total_steps``, and the run's end; phases may come out empty."""
+        return [0, *(round(phase.until * total_steps) for phase in self.phases)]
+
+    def at(self, step: int, total_steps: int) -> tuple[int, NoiseSettings]:
+        """Number of the phase that holds at a step (counted from 0), and the noise there."""
+        edges = self.first_steps(total_steps)
+        number = sum(step >= edge for edge in edges[1:-1])
+        phase = self.phases[number]
+        if not phase.ramp:
+            return number, phase.settings
+        before, after = self.phases[number - 1].settings, phase.settings
+        part = (step - edges[number] + 1) / max(edges[number + 1] - edges[number], 1)
+        low, high = (
+            getattr(before, name) + (getattr(after, name) - getattr(before, name)) * min(part, 1.0)
+            for name in ("low", "high")
+        )
+        return number, replace(after, low=low, high=min(max(low, high), 1.0))
 
 
 def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
@@ -173,6 +291,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     _check_lr_scheduler(raw.get("lr_scheduler") or {}, raw)
     for name in ("model", "anchor") if with_anchor else ("model",):
         _check_model(name, raw[name])
+    _check_ar_loss(raw)
     offload = raw.get("offload_anchor", False)
     if not isinstance(offload, bool):
         raise ValueError(f"offload_anchor must be true or false, got {offload!r}")
@@ -292,6 +411,29 @@ def _check_model(section_name: str, section: Mapping[str, Any]) -> None:
         raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
 
 
+def check_ar_loss(weight: object, context_attention: str | None) -> None:
+    """Check ``ar_loss_weight`` against the model's ``context_attention`` (None if that is not known yet).
+
+    Raises:
+        ValueError: If the weight is no number >= 0, or the context cannot learn to predict the next token.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"ar_loss_weight must be a number >= 0, got {weight!r}")
+    if weight and context_attention not in (None, "causal"):
+        raise ValueError(
+            f"ar_loss_weight={weight} needs a model with context_attention: causal (a token must not see the next one),"
+            f" got {context_attention!r}; set model.context_attention=causal or ar_loss_weight=0"
+        )
+
+
+def _check_ar_loss(raw: Mapping[str, Any]) -> None:
+    attention = raw["model"].get("context_attention")
+    config_file = Path(raw["model"]["pretrained_model_name_or_path"]) / "config.json"
+    if attention is None and config_file.is_file():
+        attention = json.loads(config_file.read_text()).get("context_attention", "block")
+    check_ar_loss(raw.get("ar_loss_weight", 0.0), attention)
+
+
 def _check_dataset(name: str, section: object) -> None:
     if section is None:
         return
@@ -341,20 +483,26 @@ def _check_collator(name: str, section: Mapping[str, Any]) -> None:
 
 
 def _check_noise(raw: Mapping[str, Any]) -> None:
-    settings = NoiseSettings.from_dict(raw.get("noise"))
+    noise = raw.get("noise")
+    schedule = NoiseSchedule.from_dict(noise)
+    base = NoiseSettings.from_dict({key: value for key, value in (noise or {}).items() if key != "schedule"})
+    names = {"noise.name": base.name}
+    names.update({f"noise.schedule[{i}].name": phase.settings.name for i, phase in enumerate(schedule.phases)})
     if raw.get("validation_noise") is not None:
-        NoiseSettings.from_dict(raw["validation_noise"], section="validation_noise")
+        validation = NoiseSettings.from_dict(raw["validation_noise"], section="validation_noise")
+        names["validation_noise.name"] = validation.name
     loss = raw["loss_fn"].get("_target_")
     if not loss:
         raise ValueError("loss_fn must have _target_, such as nemo_bard.losses.BlockDiffusionCrossEntropy")
     if isinstance(loss, str) and loss.startswith("nemo_bard."):
         loss = _resolve("loss_fn._target_", loss)
         check_keys("loss_fn", raw["loss_fn"], ["_target_", *inspect.signature(loss).parameters])
-    if getattr(loss, "needs_noisy_ids", False) and settings.name != "uniform":
-        raise ValueError(
-            f"loss_fn {loss.__name__} needs noise.name: uniform (its formula holds on the path from uniform noise),"
-            f" got {settings.name!r}"
-        )
+    for key, name in names.items():
+        if getattr(loss, "needs_noisy_ids", False) and name != "uniform":
+            raise ValueError(
+                f"loss_fn {loss.__name__} needs {key}: uniform (its formula holds on the path from uniform noise),"
+                f" got {name!r}"
+            )
 
 
 def _resolve(key: str, dotted: str) -> Any:  # noqa: ANN401

@@ -17,18 +17,18 @@ import torch
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.components.training.utils import ScopedModuleOffloading
 from nemo_automodel.recipes.vlm.finetune import build_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from nemo_bard.chunked import chunked_loss, chunked_top_k
+from nemo_bard.chunked import ChunkLoss, chunked_top_k
 from nemo_bard.configuration import BardVLConfig
 from nemo_bard.layout import PADDING, check_anchor_block_size
 from nemo_bard.losses import DistillationLoss
 from nemo_bard.model import BardVLForConditionalGeneration
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, run_main
-from nemo_bard.train.recipe_config import validate_recipe
+from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
 
 OVERRIDES = ("block_size", "mask_token_id")
 """Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""
@@ -143,23 +143,25 @@ class SWDRecipe(PBMRecipe):
         if self.cfg.get("anchor.torch_dtype", None) is None:
             self.cfg.set_by_dotted("anchor.torch_dtype", str(self.compute_dtype).removeprefix("torch."))
 
-    def _collator_settings(self) -> dict[str, Any]:
-        return {"anchor_block_size": self.anchor_block_size}
+    def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
+        return {**super()._collator_settings(noise), "anchor_block_size": self.anchor_block_size}
 
     # ------------------ one optimizer step ------------------
     def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
         """One weight for all supervised tokens: these losses are means over them."""
         positions = batch["loss_mask"].flatten().nonzero().flatten()
         weight = torch.full(positions.shape, 1 / max(totals.num_loss_tokens, 1))
-        return {**batch, "output_positions": positions, "output_weight": weight}
+        following = self._weigh_next_tokens(batch, totals)
+        return {**batch, "output_positions": positions, "output_weight": weight, **following}
 
-    def _compute_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Loss of a weighed microbatch; its two parts are kept for the log."""
+    def _diffusion_loss(self, batch: dict[str, Any]) -> ChunkLoss:
+        """Loss of a weighed microbatch's noisy tokens; its two parts are kept for the log."""
         positions, weight = batch["output_positions"], batch["output_weight"]
         labels = batch["labels"].flatten()[positions]
         kd_mask = batch["anchor_block_ids"].flatten()[positions] != PADDING
         top_logits, top_ids = self._anchor_top_k(batch)
-        parts = [torch.zeros(2, device=positions.device)]
+        parts = torch.zeros(2, device=positions.device)
+        self.parts.append(parts)
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             out = self.loss_fn(
@@ -170,13 +172,10 @@ class SWDRecipe(PBMRecipe):
                 anchor_top_ids=top_ids[part],
                 kd_mask=kd_mask[part],
             )
-            parts.append(torch.stack([out.ce, out.kd]).detach())
+            parts.add_(torch.stack([out.ce, out.kd]).detach())
             return out.loss
 
-        output_fn = partial(chunked_loss, loss=loss, chunk_tokens=self.loss_chunk_tokens)
-        total = model(**self._model_inputs(batch, self._model_config), output_fn=output_fn)
-        self.parts.append(torch.stack(parts).sum(0))
-        return total
+        return loss
 
     @torch.no_grad()
     def _anchor_top_k(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,14 @@ TRAIN = {
     "optimizer.lr": 1e-3,
     "model.block_size": 8,
 }
+JOINT = {
+    "model.context_attention": "causal",
+    "ar_loss_weight": 0.5,
+    "noise.complementary": True,
+    "noise.low": 0.1,
+    "noise.schedule": [{"until": 0.3, "high": 0.6}, {"until": 0.7, "ramp": True}, {"per": "sample"}],
+}
+"""Noise and its complement under a curriculum of levels, with the joint autoregressive loss."""
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
 
@@ -162,6 +170,17 @@ def runs(start, tmp_path_factory):
             {**job("rows_cut", **row_steps), "sigterm_at": 1},
             job("rows_cut", **row_steps),
             job("short", **{"dataloader.collate_fn.max_length": 48, "step_scheduler.max_steps": 3}),
+            job("joint", **JOINT),
+            {**job("joint_cut", **JOINT), "sigterm_at": 4},
+            job("joint_cut", **JOINT),
+            job(
+                "phases",
+                **{
+                    "noise.schedule": [{"until": 0.5, "name": "mask", "high": 0.5}, {"name": "mixed", "low": 0.2}],
+                    "step_scheduler.max_steps": None,
+                    "step_scheduler.num_epochs": 2,
+                },
+            ),
         ],
         folder,
     )
@@ -169,6 +188,7 @@ def runs(start, tmp_path_factory):
         [
             job("two"),
             *(job(f"{name}_two", **changes) for name, changes in on_both.items()),
+            job("joint_two", **JOINT),
             job(
                 "uniform_two",
                 **{
@@ -184,7 +204,9 @@ def runs(start, tmp_path_factory):
     return folder, log
 
 
-@pytest.mark.parametrize(("one", "two", "steps"), [("one", "two", STEPS), ("uniform", "uniform_two", 3)])
+@pytest.mark.parametrize(
+    ("one", "two", "steps"), [("one", "two", STEPS), ("uniform", "uniform_two", 3), ("joint", "joint_two", STEPS)]
+)
 def test_two_ranks_give_the_loss_and_gradient_of_one(runs, one, two, steps):
     """11 samples with text-only ones: ranks differ in images, and the last step of an epoch has repeated samples."""
     folder, _ = runs
@@ -192,10 +214,10 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(runs, one, two, steps):
     assert len(first) == len(second) == steps
     assert [line["num_samples"] for line in first[:3]] == [4, 4, 3]
     for a, b in zip(first, second, strict=True):
-        for key in ("loss", "grad_norm"):
+        for key in ("loss", "grad_norm", *(("ar_loss", "diffusion_loss") if one == "joint" else ())):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
-        for key in ("num_samples", "num_loss_tokens", "num_tokens_per_step"):
-            assert a[key] == b[key], (a["step"], key)
+        for key in ("num_samples", "num_loss_tokens", "num_tokens_per_step", "num_ar_tokens", "noise_high"):
+            assert a.get(key) == b.get(key), (a["step"], key)
 
 
 @pytest.mark.parametrize("name", ["packed", "rows", "mixed", "mixed_last"])
@@ -254,17 +276,45 @@ def test_validation_is_the_same_on_two_ranks_and_counts_every_sample_once(runs):
     assert first[0]["num_label_tokens"] == first[1]["num_label_tokens"], "the noise of validation never changes"
 
 
-@pytest.mark.parametrize("name", ["cut", "edge"])
-def test_interrupted_run_goes_on_with_the_losses_of_the_uninterrupted_one(runs, name):
-    """SIGTERM in step 4 (``cut``) or 5 (``edge``), the second and third of three in epoch 1; then another run."""
+@pytest.mark.parametrize(("uncut", "name"), [("one", "cut"), ("one", "edge"), ("joint", "joint_cut")])
+def test_interrupted_run_goes_on_with_the_losses_of_the_uninterrupted_one(runs, uncut, name):
+    """SIGTERM in step 4 (``cut``) or 5 (``edge``), the second and third of three in epoch 1; then another run.
+
+    ``joint_cut`` stops in the middle of a ramp of its noise schedule.
+    """
     folder, _ = runs
-    whole, cut = read_log(folder / "one"), read_log(folder / name)
+    whole, cut = read_log(folder / uncut), read_log(folder / name)
     assert [line["step"] for line in cut] == list(range(STEPS))
     assert [line["epoch"] for line in cut] == [0, 0, 0, 1, 1, 1, 2, 2]
     for a, b in zip(whole, cut, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6), a["step"]
-        assert a["lr"] == b["lr"]
+        for key in ("lr", "noise_phase", "noise_low", "noise_high", "num_loss_tokens"):
+            assert a.get(key) == b.get(key), (a["step"], key)
+
+
+def test_joint_run_logs_both_losses_and_the_noise_of_each_step(runs):
+    folder, _ = runs
+    lines = read_log(folder / "joint")
+    assert [line["noise_phase"] for line in lines] == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert [line["noise_high"] for line in lines] == pytest.approx([0.6, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9])
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["diffusion_loss"] + 0.5 * line["ar_loss"], rel=1e-4)
+    plain = read_log(folder / "one")
+    assert lines[0]["num_samples"] == plain[0]["num_samples"]
+    assert all("ar_loss" not in line and "noise_phase" not in line for line in plain)
+    assert lines[-1]["ar_loss"] < lines[0]["ar_loss"]
+    for line in read_log(folder / "joint", "validation"):
+        assert line["val_loss"] == pytest.approx(line["val_diffusion_loss"] + 0.5 * line["val_ar_loss"], rel=1e-6)
+        assert line["num_samples"] == 11
+
+
+def test_noise_switches_at_its_fraction_of_an_epoch_bound_run(runs):
+    folder, log = runs
+    lines = read_log(folder / "phases")
+    assert [line["noise_phase"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert [(line["noise_low"], line["noise_high"]) for line in lines[2:4]] == [(0.001, 0.5), (0.2, 1.0)]
+    assert "step 3: phase 1 of noise.schedule, to step 5" in log
 
 
 def test_worker_processes_and_microbatches_change_nothing(runs):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -16,6 +15,10 @@ from nemo_bard.cli import build_parser
 from nemo_bard.commands import COMMANDS
 from nemo_bard.commands.finetune import load_raw_config, parse_overrides
 from nemo_bard.paths import find_recipe
+from nemo_bard.pipeline.checks import check_inputs
+from nemo_bard.pipeline.compose import compose, read_words
+from nemo_bard.pipeline.plan import make_job
+from nemo_bard.report import read_run, scores_of
 from nemo_bard.train.recipe_config import validate_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,19 +39,18 @@ def commands(program: str) -> list[list[str]]:
     return [line[1:] for line in words if line[:1] == [program]]
 
 
+def run_demo(*words):
+    command = [sys.executable, "-m", "nemo_bard.demo", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo in its small size, as ``make demo`` runs it."""
+    """The demo in its small size, as ``make demo`` runs it: its folder, and what it said."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "nemo_bard.demo", "--small", "--output", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_demo("--small", "--output", str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
+    return folder, done.stdout
 
 
 @pytest.fixture
@@ -56,9 +58,10 @@ def workplace(demo, tmp_path, monkeypatch):
     """A folder with the files that README.md names."""
     (tmp_path / "runs/b4/LATEST/model").mkdir(parents=True)
     (tmp_path / "runs/b8/LATEST/model").mkdir(parents=True)
-    (tmp_path / "start").symlink_to(demo / "start")
-    (tmp_path / "runs/b4" / EXPORT).symlink_to(demo / "b4" / EXPORT)
-    (tmp_path / "runs/b8" / EXPORT).symlink_to(demo / "b8" / EXPORT)
+    (tmp_path / "start").symlink_to(demo[0] / "start/export")
+    (tmp_path / "runs/b4" / EXPORT).symlink_to(demo[0] / "pbm_b4/export")
+    (tmp_path / "runs/b8" / EXPORT).symlink_to(demo[0] / "pbm_b8/export")
+    (tmp_path / "Qwen3-VL-4B-Instruct").symlink_to(demo[0] / "source/export")
     (tmp_path / "receipts").mkdir()
     Image.new("RGB", (64, 64), "white").save(tmp_path / "receipts/1.png")
     Image.new("RGB", (64, 64), "white").save(tmp_path / "receipt.png")
@@ -68,24 +71,28 @@ def workplace(demo, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_leaves_a_table_and_a_picture(demo):
-    report = json.loads((demo / "demo.json").read_text())
-    assert [row["stage"] for row in report["rows"]] == ["source (autoregressive)", "B = 4", "B = 8"]
-    assert all(0 <= row["digit_accuracy"] <= 1 and row["tpf"] > 0 for row in report["rows"])
-    assert (demo / "table.md").read_text().count("\n") == 5
-    with Image.open(demo / "answers.png") as picture:
-        assert picture.width > 800
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+def test_demo_leaves_a_report_and_a_picture(demo):
+    folder, told = demo
+    scored = scores_of(read_run(folder))
+    assert [row["stage"] for row in scored] == ["source", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32"]
+    assert [row["block_size"] for row in scored] == [None, 4, 8, 16, 32, 32]
+    assert all(0 <= row["scores"]["digit_accuracy"] <= 1 and row["tpf"] > 0 for row in scored)
+    assert "automodel finetune --config" in told
+    assert "| swd_b32 | 32 |" in told
+    assert "| swd_b32 | 32 |" in (folder / "report.md").read_text()
+    for name in ("answers.png", "report/losses.png", "report/scores.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 800
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
 @pytest.mark.slow
 def test_demo_does_not_touch_a_folder_of_others(tmp_path):
-    from nemo_bard.demo import prepare_folder
-
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty and not an earlier demo's"):
-        prepare_folder(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    done = run_demo("--output", str(tmp_path))
+    assert done.returncode == 2
+    assert f"error: run_dir {tmp_path} holds thesis.txt and is no run of a pipeline; use another" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_readme_names_every_command():
@@ -104,8 +111,14 @@ def test_command_lines_parse(words):
 def test_training_commands_are_valid(words, workplace):
     args, extra = build_parser("finetune").parse_known_args(words)
     assert args.command == "finetune"
-    raw = load_raw_config(find_recipe(args.config), parse_overrides(extra))
-    validate_recipe(raw)
+    recipe = find_recipe(args.config)
+    if recipe.stem.startswith("bard_"):
+        job = make_job(compose(read_words(recipe, extra)))
+        check_inputs(job)
+        assert job.stages[-1].name == "swd_b32"
+        return
+    raw = load_raw_config(recipe, parse_overrides(extra))
+    validate_recipe(raw, with_anchor="anchor" in raw)
 
 
 @pytest.mark.slow

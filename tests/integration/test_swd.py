@@ -50,6 +50,14 @@ def runs(tmp_path_factory):
         }
         return {"recipe": "swd", "overrides": {**TRAIN, **where, **changes}}
 
+    joint = {
+        "model.context_attention": "causal",
+        "ar_loss_weight": 0.5,
+        "noise.complementary": True,
+        "noise.min_masked": 0,
+        "noise.high": 0.9,
+        "step_scheduler.max_steps": 3,
+    }
     alike = {"anchor": "student", "loss_fn.ce_weight": 0.0, "loss_fn.kd_weight": 1.0, "step_scheduler.max_steps": 2}
     swapped = {
         "student": "untied_student",
@@ -65,17 +73,19 @@ def runs(tmp_path_factory):
             job("cut"),
             job("split", **{"step_scheduler.local_batch_size": 4, "loss_chunk_tokens": 3}),
             job("swapped", **swapped),
+            job("joint", **joint),
             job("alike_reverse", **alike, **{"loss_fn.kd_direction": "reverse"}),
             job("alike_forward", **alike, **{"loss_fn.kd_top_k": vocabulary}),
         ],
         folder,
     )
-    drive([job("two"), job("swapped_two", **swapped)], folder, ranks=2)
+    drive([job("two"), job("swapped_two", **swapped), job("joint_two", **joint)], folder, ranks=2)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "steps"), [("one", "two", STEPS), ("swapped", "swapped_two", 3), ("one", "split", STEPS)]
+    ("first", "second", "steps"),
+    [("one", "two", STEPS), ("swapped", "swapped_two", 3), ("one", "split", STEPS), ("joint", "joint_two", 3)],
 )
 def test_ranks_microbatches_and_chunks_change_nothing(runs, first, second, steps):
     a, b = read_log(runs / first), read_log(runs / second)
@@ -134,6 +144,18 @@ def test_checkpoint_holds_the_student_only(runs):
 
 
 def test_every_logged_number_is_finite(runs):
-    for name in ("one", "swapped", "alike_reverse", "alike_forward"):
+    for name in ("one", "swapped", "joint", "alike_reverse", "alike_forward"):
         for line in read_log(runs / name):
             assert all(math.isfinite(value) for value in line.values() if isinstance(value, float)), line
+
+
+def test_joint_run_adds_the_three_parts(runs):
+    """Distillation and the autoregressive loss, on noise and its complement."""
+    lines = read_log(runs / "joint")
+    for line in lines:
+        assert line["diffusion_loss"] == pytest.approx(line["ce_loss"] + 0.5 * line["kd_loss"], rel=1e-4)
+        assert line["loss"] == pytest.approx(line["diffusion_loss"] + 0.5 * line["ar_loss"], rel=1e-4)
+        assert line["num_loss_tokens"] % 8 == 0, "every token of every block once"
+    (validation,) = read_log(runs / "joint", "validation")
+    parts = validation["val_ce_loss"] + 0.5 * validation["val_kd_loss"] + 0.5 * validation["val_ar_loss"]
+    assert validation["val_loss"] == pytest.approx(parts, rel=1e-4)

@@ -62,13 +62,22 @@ def many_samples(count=24, largest=300):
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
-@pytest.mark.parametrize(("block_size", "anchor"), [(1, None), (4, None), (8, 4), (32, None)])
-def test_measured_lengths_are_exact(tiny, block_size, anchor, turns):
+@pytest.mark.parametrize(
+    ("block_size", "anchor", "more"),
+    [
+        (1, None, {}),
+        (4, None, {"noisy_copies": 2}),
+        (8, 4, {}),
+        (8, 4, {"noisy_copies": 2, "next_token": True}),
+        (32, None, {"next_token": True}),
+    ],
+)
+def test_measured_lengths_are_exact(tiny, block_size, anchor, more, turns):
     items = many_samples()
-    make = collator(tiny, block_size, turns=turns, anchor_block_size=anchor)
+    make = collator(tiny, block_size, turns=turns, anchor_block_size=anchor, **more)
     sizes = measure(items, make)
     encoded = [make.encode(item) for item in items]
-    lengths = sizes.row_lengths(block_size, turns=turns, anchor_block_size=anchor)
+    lengths = sizes.row_lengths(block_size, turns=turns, anchor_block_size=anchor, **more)
     assert lengths.tolist() == [len(one) for one in encoded]
     vision = sizes.vision_tokens(block_size, anchor_block_size=anchor)
     assert vision.tolist() == [0 if one.grid_thw is None else int(one.grid_thw.prod(-1).sum()) // 4 for one in encoded]

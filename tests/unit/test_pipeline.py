@@ -390,6 +390,72 @@ def test_status_of_a_running_stage(chain, monkeypatch):
     assert "running" in render(seen[0], Path("runs/stub"))
 
 
+def test_where_no_bar_can_be_drawn_there_are_lines(chain, no_report, capsys, monkeypatch):
+    monkeypatch.setattr("nemo_bard.pipeline.training.LINE_SECONDS", 0.0)
+    run()
+    told = capsys.readouterr().out
+    for stage in "ab":
+        for step in range(1, STEPS + 1):
+            assert f"      {stage}: step {step}/{STEPS}, loss " in told
+    assert " left\n" in told
+
+
+@pytest.fixture
+def slurm(chain, monkeypatch):
+    """A Slurm of programs that write down what they are asked."""
+    folder = chain / "bin"
+    folder.mkdir()
+    for name, body in {
+        "sinfo": 'echo "cpu*"', "sbatch": "echo sbatch >>$(dirname $0)/calls; echo 77",
+        "squeue": 'echo "PENDING Resources"',
+    }.items():  # fmt: skip
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+def test_a_world_that_does_not_fit_is_refused_before_anything_starts(slurm, capsys, monkeypatch):
+    from nemo_bard.cli import main
+
+    monkeypatch.setattr("nemo_bard.launch.run_torchrun", lambda *_, **__: pytest.fail("torchrun"))
+    line = (
+        "error: stage a: step_scheduler.global_batch_size=4 must be divisible by step_scheduler.local_batch_size=2"
+        " times 3 data-parallel rank(s)\n"
+    )
+    for words in (["--nproc-per-node", "3"], ["launch.processes=3"], ["launch=slurm", "launch.nodes=3"]):
+        assert main(["finetune", "--config", "chain.yaml", *words]) == 2
+        assert capsys.readouterr().err == line
+    assert main(["finetune", "--config", "chain.yaml", "--cfg", "launch=slurm", "launch.nodes=3"]) == 2
+    assert capsys.readouterr().err == line
+    assert not Path("runs").exists()
+    assert not (slurm / "calls").exists()
+
+
+def test_status_of_a_job_in_the_queue(slurm, no_report, capsys):
+    from nemo_bard.cli import main
+
+    command = ["finetune", "--config", "chain.yaml", "launch=slurm", "launch.nodes=2"]
+    assert main([*command, "launch.partition=gpu"]) == 2
+    assert "no partition 'gpu'" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main(command) == 0
+    status = read_status(Path("runs/stub"))
+    assert (status.job, status.queue, status.running, status.needs_resume) == (
+        "77",
+        "PENDING (Resources)",
+        False,
+        False,
+    )
+    assert "Slurm job 77: PENDING (Resources); it goes on by itself" in render(status, Path("runs/stub"))
+    (slurm / "squeue").write_text("#!/bin/bash\necho RUNNING None\n")
+    assert "running; Slurm job 77: RUNNING" in render(read_status(Path("runs/stub")), Path("runs/stub"))
+    (slurm / "squeue").write_text("#!/bin/bash\nexit 1\n")
+    assert read_status(Path("runs/stub")).needs_resume
+    assert run() == 0, "the run directory is that of the job"
+    assert read_status(Path("runs/stub")).complete
+
+
 def test_finetune_stops_before_it_starts_processes(chain, capsys):
     from nemo_bard.cli import main
 

@@ -93,6 +93,13 @@ def test_shipped_recipe_is_accepted(raw):
         ("optimizer._target_", None, "optimizer must have _target_"),
         ("optimizer.beta", 0.9, "unknown recipe key optimizer.beta; did you mean optimizer.betas?"),
         ("optimizer.lr", "2e-5x", "optimizer.lr must be a number >= 0, got '2e-5x'"),
+        ("noise.schedule", [{"until": 0.5}, {"nam": "mask"}], "unknown recipe key noise.schedule[1].nam"),
+        ("noise.shedule", [], "unknown recipe key noise.shedule; did you mean noise.schedule?"),
+        ("validation_noise", {"schedule": []}, "unknown recipe key validation_noise.schedule"),
+        ("noise.complementary", 1, "noise.complementary must be true or false, got 1"),
+        ("ar_loss_weight", -0.1, "ar_loss_weight must be a number >= 0, got -0.1"),
+        ("ar_loss_weight", None, "ar_loss_weight must be a number >= 0, got None"),
+        ("ar_loss_weight", 0.5, "ar_loss_weight=0.5 needs a model with context_attention: causal"),
         ("seed", "abc", "seed must be an integer, got 'abc'"),
         ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
     ],
@@ -134,6 +141,26 @@ def test_packing_needs_our_collator(raw):
     validate_recipe(packed)
     with pytest.raises(ValueError, match=r"packing needs dataloader.collate_fn._target_: .*, got 'my.collate'$"):
         validate_recipe(changed(packed, "dataloader.collate_fn._target_", "my.collate"))
+
+
+def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):
+    kl = changed(changed(raw, "noise.name", "uniform"), "loss_fn._target_", "nemo_bard.losses.MixturePathKL")
+    validate_recipe(changed(kl, "noise.schedule", [{"until": 0.5, "high": 0.5}, {"low": 0.2}]))
+    phases = changed(kl, "noise.schedule", [{"until": 0.5}, {"name": "mask"}])
+    with pytest.raises(ValueError, match=r"MixturePathKL needs noise.schedule\[1\].name: uniform .* got 'mask'"):
+        validate_recipe(phases)
+    with pytest.raises(ValueError, match=r"MixturePathKL needs validation_noise.name: uniform .* got 'mask'"):
+        validate_recipe(changed(kl, "validation_noise", {"name": "mask"}))
+
+
+def test_the_joint_loss_goes_with_a_causal_context(raw, tmp_path):
+    joint = changed(raw, "ar_loss_weight", 0.5)
+    validate_recipe(changed(joint, "model.context_attention", "causal"))
+    config = {"model_type": "bard_vl", "context_attention": "causal"}
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config))
+    validate_recipe(joint)
+    with pytest.raises(ValueError, match="needs a model with context_attention: causal .* got 'block'"):
+        validate_recipe(changed(joint, "model.context_attention", "block"))
 
 
 def test_noise_settings_have_the_published_defaults():

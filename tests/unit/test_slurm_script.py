@@ -5,6 +5,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_everything_that_can_be_set_is_in_the_script(tmp_path):
     (command,) = [line for line in joined.splitlines() if line.lstrip().startswith("srun ")]
     assert "srun --nodes=4 --ntasks=4 --ntasks-per-node=1" in command
     assert (
-        "--cpus-per-task=64 --container-image='/images/nemo bard.sqsh' --container-mounts=/data:/data,/home" in command
+        "--cpus-per-task=64 --container-image='/images/nemo bard.sqsh' --container-workdir=\"$PWD\" --container-mounts=/data:/data,/home"
+        in command
     )
     assert " python -m nemo_bard.launch --nnodes=4 --nproc-per-node=8 " in command
     assert '--rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$SLURM_JOB_ID$1"' in command
@@ -99,10 +101,17 @@ FAKES = {
     "scontrol": 'echo "scontrol $*" >>calls; case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";;'
     ' "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1";; esac',
     "squeue": "echo ${FAKE_STATE:-RUNNING}",
-    "srun": 'printf "%s " "$@" >>calls; echo >>calls; trap "exit 75" USR1;'
+    "srun": 'printf "%s " "$@" >>calls; echo >>calls; trap "exit 75" USR1; eval "$FAKE_DO";'
     ' [ -z "$FAKE_WAIT" ] || { touch started; while :; do sleep 0.05; done; };'
     ' code=$(head -n 1 codes); sed -i 1d codes; exit "$code"',
 }
+
+
+def said(process, timeout):
+    """What a script writes, after the line that every go begins with."""
+    head, _, rest = process.communicate(timeout=timeout)[0].partition("\n")
+    assert re.fullmatch(r"slurm: job 12345, go \d+, [\d-]+ [\d:]+, n\[1-2\], 2 x 1 processes", head)
+    return rest
 
 
 @pytest.fixture
@@ -114,7 +123,14 @@ def job(tmp_path, monkeypatch):
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"#!/bin/bash\n{body}\n")
         file.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "12345"}
+    path = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(Path(slurm.__file__).parents[1]),
+        "SLURM_JOB_ID": "12345",
+    }
+    environment["SLURM_JOB_NODELIST"] = "n[1-2]"
 
     def start(codes, variables=None, **changed):
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
@@ -126,7 +142,7 @@ def job(tmp_path, monkeypatch):
 
     def run(*args, **kwargs):
         process = start(*args, **kwargs)
-        told = process.communicate(timeout=30)[0]
+        told = said(process, timeout=30)
         return process.returncode, told, (tmp_path / "calls").read_text()
 
     run.start = start
@@ -159,16 +175,44 @@ def test_requeues_and_failures_are_bounded(job):
     code, told, calls = job([75], {"SLURM_RESTART_COUNT": "7"}, max_requeues=7)
     assert code == 75
     assert "not requeued, 7 requeues (launch.max_requeues)" in told
-    for expected in (0, 9):
-        code, told, calls = job([9], max_failures=2)
+    for restarts, expected in enumerate((0, 9)):
+        code, told, calls = job([9], {"SLURM_RESTART_COUNT": str(restarts)}, max_failures=2)
         assert code == expected
-    assert "not requeued, 2 goes have failed (launch.max_failures); the last exit code is 9" in told
+    assert "not requeued, 2 failures without a new checkpoint in between (launch.max_failures);" in told
+    assert "the last exit code is 9" in told
     assert "scontrol requeue" not in calls
+
+
+def test_failures_are_counted_since_the_last_checkpoint_and_of_this_job(job, tmp_path):
+    failures = tmp_path / "12345.failures"
+    failures.write_text("go 1: exit code 1\n" * 9)
+    (tmp_path / "12345.complete").touch()  # both of another job of this number
+    assert job([1], max_failures=2)[0] == 0
+    assert failures.read_text() == "go 1: exit code 1\n"
+    again = {"SLURM_RESTART_COUNT": "1"}
+    note = "python -c 'from nemo_bard.launch import note_progress; note_progress()'"
+    assert job([1], {**again, "FAKE_DO": note}, max_failures=2)[0] == 0
+    assert failures.read_text() == "go 2: exit code 1\n"
+    assert job([1], again, max_failures=2)[0] == 1
+
+
+def test_a_signal_after_the_end_does_not_bring_the_job_back(job):
+    note = "python -c 'from nemo_bard.launch import note_complete; note_complete()'"
+    code, told, calls = job([75], {"FAKE_DO": note})
+    assert (code, told) == (0, "slurm: the chain is complete after 0 requeues\n")
+    assert "requeue" not in calls
+
+
+def test_a_busy_controller_is_asked_again(job, tmp_path):
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\n[ -f asked ] || { touch asked; exit 1; }\necho RUNNING\n")
+    (tmp_path / "bin" / "sleep").write_text("#!/bin/bash\n")
+    (tmp_path / "bin" / "sleep").chmod(0o755)
+    assert "back into the queue" in job([75])[1]
 
 
 def test_a_cancelled_job_is_not_requeued(job):
     code, told, calls = job([75], {"FAKE_STATE": "COMPLETING"})
-    assert (code, told) == (75, "slurm: stopped with exit code 75; Slurm says COMPLETING\n")
+    assert (code, told) == (75, "slurm: stopped with exit code 75, not requeued; Slurm says COMPLETING\n")
     assert "requeue" not in calls
 
 
@@ -180,7 +224,7 @@ def test_the_signal_reaches_the_nodes(job, tmp_path, name):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(getattr(signal, name))
-    told = process.communicate(timeout=20)[0]
+    told = said(process, timeout=20)
     assert told == "slurm: stopped with exit code 75, back into the queue (requeue 1)\n"
     assert not (tmp_path / "12345.failures").exists()
 
@@ -277,3 +321,31 @@ def test_what_sbatch_says_is_passed_on(tmp_path, commands):
     commands(sinfo='echo "cpu*"', sbatch='echo "sbatch: error: Invalid account" >&2; exit 1')
     with pytest.raises(ValueError, match=r"sbatch refuses .*job.sbatch: sbatch: error: Invalid account$"):
         submit(tmp_path / "s")
+
+
+def test_a_second_job_is_refused_while_one_is_in_the_queue(tmp_path, commands):
+    commands(sinfo='echo "cpu*"', sbatch="echo 77", squeue='echo "$*" >"$0.asked"; echo "PENDING Resources"')
+    assert slurm.find_job(tmp_path / "s") is None
+    submit(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"/s: job 77 of an earlier command is PENDING \(Resources\); .* scancel 77 "):
+        submit(tmp_path / "s")
+    assert "--jobs=77" in (tmp_path / "path" / "squeue.asked").read_text()
+    assert submit(tmp_path / "s", submit=False) == 0
+    for body, state in (
+        ("echo RUNNING None", "RUNNING"),
+        ("echo COMPLETED None", None),
+        ("echo CANCELLED by 0", None),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", None),
+    ):
+        commands(squeue=body)
+        assert slurm.find_job(tmp_path / "s") == ("77", state)
+    assert submit(tmp_path / "s") == 0
+
+
+def test_world_size(tmp_path):
+    count = launch.LAUNCHERS["slurm"].world_size
+    assert count(settings(tmp_path, nodes=3, gpus_per_node=8), None) == 24
+    assert count(settings(tmp_path, nodes=3, gpus_per_node=8, processes=2), None) == 6
+    assert count(settings(tmp_path, nodes=3), 4) == 12
+    with pytest.raises(ValueError, match="launch.nodes must be an integer"):
+        count(settings(tmp_path, nodes="3"), None)

@@ -1,0 +1,62 @@
+"""torchrun's ways to end as one line and one exit code, and signals that come when everything is done."""
+
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+
+from nemo_bard.launch import EXIT_PREEMPTED, EXIT_USER_ERROR, supervise
+from nemo_bard.pipeline.world import StopSignal
+
+
+def failure(code):
+    one = ProcessFailure(local_rank=1, pid=99, exitcode=code, error_file="none")
+    return ChildFailedError("python", {5: one})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (failure(EXIT_USER_ERROR), EXIT_USER_ERROR, ""),
+        (failure(EXIT_PREEMPTED), EXIT_PREEMPTED, ""),
+        (failure(7), 1, "error: worker 1 of 4 on n2 ended with exit code 7\n"),
+        (failure(-9), 1, "error: worker 1 of 4 on n2 ended with SIGKILL\n"),
+        (SignalException("x", signal.SIGUSR1), EXIT_PREEMPTED, "error: stopped by SIGUSR1 on n2\n"),
+        (SignalException("x", signal.SIGINT), 130, "error: stopped by SIGINT on n2\n"),
+        (RendezvousConnectionError("no\nstore"), 1, "error: the other nodes are gone: no store\n"),
+    ],
+)
+def test_how_torchrun_ends(monkeypatch, capsys, error, code, line):
+    def torchrun(parsed):
+        assert parsed.nproc_per_node == "4"
+        if error is not None:
+            raise error
+
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    monkeypatch.setattr("torch.distributed.run.run", torchrun)
+    assert supervise(["--nproc-per-node=4", "x.py"], resumable=True) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_worker_that_is_done_takes_no_notice_of_signals(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    stop = StopSignal()
+    try:
+        stop.install()
+        stop.ignore()
+        stop.release()
+        assert {number: signal.getsignal(number) for number in before} == before, "alone it gives them back"
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        stop.install()
+        stop.ignore()
+        stop.release()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop.received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
