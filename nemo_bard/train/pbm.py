@@ -188,6 +188,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
 
     def _pack(self, dataset: Any, processor: Any) -> PackedDataset:  # noqa: ANN401
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
+        _check_processor(processor)
         loader = self.cfg.vlm_dataloader
         return pack_dataset(
             dataset,
@@ -242,8 +243,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 f"loss_fn of this recipe must be a nemo_bard.losses.{self.loss_class.__name__}, got"
                 f" {type(self.loss_fn).__name__}"
             )
-        if self.processor is None:
-            raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
+        _check_processor(self.processor)
         check_ar_loss(self.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
         model.generation_config.block_size = None
@@ -507,6 +507,11 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
             },
         )
+
+
+def _check_processor(processor: Any) -> None:  # noqa: ANN401
+    if processor is None:
+        raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
 
 
 class _UserErrors(logging.Filter):
