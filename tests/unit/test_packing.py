@@ -211,6 +211,22 @@ class SimpleList(list):
         return "simple"
 
 
+def test_row_of_text_only_samples_runs_the_vision_tower_within_the_length(tiny, tmp_path):
+    items = SimpleList([sample(i, "Say it", "yes " * (3 + i)) for i in range(6)])
+    total = sum(len(collator(tiny).encode(item)) for item in items)
+    for limit, rows in ((total + 1, 1), (total, 2)):
+        make = collator(tiny, max_length=limit, max_row_length=limit)
+        packed = pack_dataset(items, make, cache_dir=tmp_path, seed=0, shuffle=True)
+        assert len(packed) == rows
+        for i in range(rows):
+            batch = make([packed[i]])
+            assert batch["image_grid_thw"].tolist() == [[1, 2, 2]]
+            assert batch["input_ids"].shape[1] <= limit
+            hidden = batch["input_ids"] == tiny.config.image_token_id
+            assert hidden.sum() == 1
+            assert (batch["sample_ids"][hidden] == PADDING).all()
+
+
 def test_row_longer_than_planned_is_refused(tiny):
     """An image file that has changed since its length was measured."""
     items = mixed_samples()
