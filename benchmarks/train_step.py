@@ -45,7 +45,8 @@ from nemo_bard.losses import BlockDiffusionCrossEntropy
 from nemo_bard.plan import peak_flops, training_flops
 from nemo_bard.shapes import SHAPES, make_config
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, dense_mask, weigh
+from nemo_bard.train.masks import FLEX_TILE, dense_mask, uses_flex
+from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
 from nemo_bard.train.recipe_config import NoiseSettings
 
 LOSS_TOLERANCE = 1e-4
@@ -84,6 +85,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--paths", nargs="+", choices=("plain", "ours"), default=["plain", "ours"])
     parser.add_argument(
         "--packing", type=int, default=4, help="samples of the comparison of packed and unpacked rows; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("flex", "dense"),
+        default="flex",
+        help="masks of our paths on a GPU: flex_attention's block masks, or dense ones for sdpa; dense on CPU",
     )
     parser.add_argument("--loss-chunk-tokens", type=int, default=DEFAULT_CHUNK_TOKENS)
     parser.add_argument("--activation-checkpointing", action="store_true")
@@ -153,11 +160,16 @@ def make_samples(
     return samples
 
 
-def make_batches(args: argparse.Namespace, config: BardVLConfig, path: str, lengths: list[int]) -> list[dict[str, Any]]:
-    """Corrupted and weighed microbatches of one optimizer step: one per sample, or one packed row."""
+def make_batches(
+    args: argparse.Namespace, config: BardVLConfig, path: str, lengths: list[int], *, multiple: int = 1
+) -> list[dict[str, Any]]:
+    """Corrupted and weighed microbatches of one optimizer step: one per sample, or one packed row.
+
+    Rows are padded to a ``multiple``, as the recipe does for flex_attention.
+    """
     samples = make_samples(args, config, lengths, plain=path == "plain")
     rows = [samples] if path == "packed" else [[sample] for sample in samples]
-    collator = BlockDiffusionCollator(None, config)
+    collator = BlockDiffusionCollator(None, config, pad_to_multiple_of=multiple)
     context = NoiseContext(
         block_size=config.block_size,
         mask_token_id=config.mask_token_id,
@@ -211,9 +223,11 @@ def build_step(
     start = resident_bytes()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = bard_config(args.shape, block_size)
-    model = build_model(args, config, "sdpa" if path == "plain" else "bard")
+    on_cpu = device.type == "cpu"  # there, the backend `bard` takes dense masks
+    model = build_model(args, config, "bard" if path != "plain" and (on_cpu or args.attention == "flex") else "sdpa")
+    flex = uses_flex(model.config, device)
     model.config.block_size = block_size
-    batches = make_batches(args, config, path, lengths)
+    batches = make_batches(args, config, path, lengths, multiple=FLEX_TILE if flex else 1)
     moved = [
         {
             key: (value.to(device, dtype) if key == "pixel_values" else value.to(device))
@@ -242,6 +256,7 @@ def build_step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     facts = {
+        "attention": "flex" if flex else "dense",
         "positions": sum(batch["input_ids"].numel() for batch in batches),
         "real_tokens": sum(int((batch["sample_ids"] != PADDING).sum()) for batch in batches),
         "supervised": sum(len(batch["output_positions"]) for batch in batches),
@@ -294,6 +309,7 @@ def compare(
                 "path": path,
                 "length": max(lengths),
                 "block_size": block_size,
+                "attention": one["attention"],
                 "positions": one["positions"],
                 "real_tokens": one["real_tokens"],
                 "supervised": one["supervised"],

@@ -23,8 +23,12 @@ MAX_FOLDED_QUERIES = 128
 
 @functools.cache
 def compiled_flex() -> Callable[..., Tensor]:
-    """Return flex_attention compiled (CUDA; it has no CPU backward)."""
-    return torch.compile(flex_attention, dynamic=False)
+    """Return flex_attention compiled (CUDA; it has no CPU backward).
+
+    Shapes become dynamic once they change: rows of many lengths must not reach the limit of recompilations, beyond
+    which flex_attention would run uncompiled, with all scores in memory.
+    """
+    return torch.compile(flex_attention)
 
 
 def bard_attention(
@@ -55,6 +59,8 @@ def bard_attention(
     groups = query.shape[1] // key.shape[1]
     if isinstance(attention_mask, BlockMask):
         attend = compiled_flex() if query.is_cuda else flex_attention
+        # Under autocast the norms of queries and keys leave them in float32; flex_attention wants one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
         return out.transpose(1, 2).contiguous(), None
     if not isinstance(attention_mask, Tensor) or groups == 1:

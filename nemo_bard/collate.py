@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 TURNS: tuple[str, ...] = ("all", "last")
+DEFAULT_MAX_LENGTH = 8192
 OVERLONG: tuple[str, ...] = ("drop", "error")
 
 
@@ -54,6 +57,15 @@ class TrainingSample:
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+
+class Outline(NamedTuple):
+    """Where responses and media of a conversation lie, in tokens."""
+
+    responses: list[tuple[int, int]]
+    """Half-open spans of the assistant responses, end token included."""
+    media: list[tuple[int, int]]
+    """First placeholder and number of tokens of every image and video."""
 
 
 def lay_out_sample(
@@ -119,6 +131,27 @@ def lay_out_sample(
     )
 
 
+def _checked(example: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Conversation and index of a sample, or a ValueError."""
+    missing = [key for key in ("conversation", "sample_index") if key not in example]
+    if missing:
+        raise ValueError(f"a sample has no {missing[0]!r}; found {', '.join(sorted(example))}")
+    return example["conversation"], int(example["sample_index"])
+
+
+def _image_sizes(conversation: Sequence[dict[str, Any]]) -> list[tuple[int, int]] | None:
+    """Width and height of the images in order; None if one of them is not known, or there is a video."""
+    parts = [part for message in conversation for part in message["content"] if isinstance(part, dict)]
+    media = [part for part in parts if part["type"] != "text"]
+    if any(part["type"] != "image" or not isinstance(part.get("image"), Image.Image) for part in media):
+        return None
+    return [part["image"].size for part in media]
+
+
+def _without_pixels(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part["type"] == "image" else part
+
+
 class _RopeIndex(Qwen3VLModel):
     """Qwen3-VL's position computation without the model's weights."""
 
@@ -138,6 +171,8 @@ def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
 class BlockDiffusionCollator:
     """Turns samples ``{"conversation": [...], "sample_index": int}`` into the batch described in docs/architecture.md.
 
+    An example is a sample, which gets a row of its own, or a list of samples that share a row (``nemo_bard.packing``).
+
     A recipe names this class as ``dataloader.collate_fn``; AutoModel binds the processor and the settings to it, and
     the recipe completes it with the model's configuration, the only home of the block size and the token ids.
 
@@ -153,6 +188,7 @@ class BlockDiffusionCollator:
         overlong: What to do with a longer sample: ``drop`` (logged; ``num_dropped`` of the batch) or ``error``.
         pad_to_multiple_of: Round the row length up to a multiple of this.
         anchor_block_size: Block size of a distillation anchor that reads the same rows (the recipe's, not a setting).
+        max_row_length: Longest row of samples that share one, ``max_length`` if None (the recipe's, not a setting).
         noisy_copies: Noisy copies of each response (the recipe's): two for noise with its complement.
         next_token: Whether the context predicts the responses too (the recipe's): adds ``ar_response_ids``.
 
@@ -165,11 +201,12 @@ class BlockDiffusionCollator:
         processor: ProcessorMixin,
         config: BardVLConfig,
         *,
-        max_length: int = 8192,
+        max_length: int = DEFAULT_MAX_LENGTH,
         turns: str = "all",
         overlong: str = "drop",
         pad_to_multiple_of: int = 1,
         anchor_block_size: int | None = None,
+        max_row_length: int | None = None,
         noisy_copies: int = 1,
         next_token: bool = False,
     ) -> None:
@@ -189,23 +226,39 @@ class BlockDiffusionCollator:
         self.processor, self.config = processor, config
         self.max_length, self.turns, self.overlong = max_length, turns, overlong
         self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
+        self.max_row_length = max_row_length or max_length
         self.noisy_copies, self.next_token = noisy_copies, next_token
         self._rope_index = _RopeIndex(config)
+        self.lengths_file: Path | None = None
+        """Where the lengths that rows were planned with are kept, if they are."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate samples, one per row; see ``stack`` for the batch.
+        """Collate rows of samples; see ``stack`` for the batch.
 
         Raises:
-            ValueError: If a sample cannot be trained on; names its index.
+            ValueError: If a sample cannot be trained on; names its index. If samples that share a row take more than
+                ``max_row_length`` tokens.
         """
-        rows, slots = [], []
+        rows, slots, dropped = [], [], 0
         for slot, example in enumerate(examples):
-            sample = self.encode(example)
-            if sample is not None:
-                rows.append([sample])
-                slots.append(slot)
+            packed = example if isinstance(example, list) else [example]
+            row = [sample for sample in map(self.encode, packed) if sample is not None]
+            dropped += len(packed) - len(row)
+            if row:
+                self._check_row(row)
+                rows.append(row)
+                slots += [slot] * len(row)
         batch = self.stack(rows)
-        return {**batch, "slots": slots, "num_dropped": len(examples) - len(slots)}
+        return {**batch, "slots": slots, "num_dropped": dropped}
+
+    def _check_row(self, row: Sequence[TrainingSample]) -> None:
+        length = sum(len(sample) for sample in row)
+        if length > self.max_row_length:
+            where = f"; delete {self.lengths_file}" if self.lengths_file else ""
+            raise ValueError(
+                f"samples {', '.join(str(sample.sample_index) for sample in row)} share a row and take {length} tokens,"
+                f" more than {self.max_row_length}: they are not as they were when their lengths were measured{where}"
+            )
 
     def encode(self, example: dict[str, Any]) -> TrainingSample | None:
         """Tokenise and lay out one sample.
@@ -220,13 +273,8 @@ class BlockDiffusionCollator:
             ValueError: If it cannot be trained on: no or an empty answer, placeholders that do not match the images,
                 or too long with ``overlong: error``.
         """
-        missing = [key for key in ("conversation", "sample_index") if key not in example]
-        if missing:
-            raise ValueError(f"a sample has no {missing[0]!r}; found {', '.join(sorted(example))}")
-        conversation, index = example["conversation"], int(example["sample_index"])
-        inputs = self.processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=False
-        )
+        conversation, index = _checked(example)
+        inputs = self._tokenize(conversation)
         ids = inputs["input_ids"][0]
         responses = self._responses(ids, conversation, index)
         media = self._media(ids, inputs, index)
@@ -256,6 +304,52 @@ class BlockDiffusionCollator:
             logger.warning("%s; dropped", message)
             return None
         return sample
+
+    def outline(self, example: dict[str, Any]) -> Outline:
+        """Find out where responses and media of a sample lie, without pixels where the sizes of images are known.
+
+        Args:
+            example: As for ``encode``; pixels of its images are not read. A sample with a video, or
+                with an image of unknown size, is processed as for training.
+
+        Returns:
+            Exactly what ``encode`` finds.
+
+        Raises:
+            ValueError: If it cannot be trained on, as ``encode``.
+        """
+        conversation, index = _checked(example)
+        merged = self.config.vision_config.spatial_merge_size**2
+        sizes = _image_sizes(conversation)
+        if sizes is None or not getattr(self.processor.image_processor, "do_resize", True):
+            inputs = self._tokenize(conversation)
+            ids = inputs["input_ids"][0]
+            media = [(place, len(patches) // merged) for place, patches, _ in self._media(ids, inputs, index)]
+            return Outline(self._responses(ids, conversation, index), media)
+        bare = [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [_without_pixels(part) for part in message["content"]]}
+            for message in conversation
+        ]
+        text = self.processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=False)
+        ids = torch.tensor(self.processor.tokenizer(text)["input_ids"])
+        places = (ids == self.config.image_token_id).nonzero().flatten()
+        if len(places) != len(sizes):
+            raise ValueError(f"sample {index} has {len(places)} image tokens in its text but {len(sizes)} images")
+        count = self.processor.image_processor.get_number_of_image_patches
+        tokens = torch.tensor([count(height, width) // merged for width, height in sizes], dtype=torch.int64)
+        repeats = torch.ones_like(ids)
+        repeats[places] = tokens
+        starts = (repeats.cumsum(0) - repeats)[places]
+        whole = ids.repeat_interleave(repeats)
+        media = list(zip(starts.tolist(), tokens.tolist(), strict=True))
+        return Outline(self._responses(whole, conversation, index), media)
+
+    def _tokenize(self, conversation: list[dict[str, Any]]) -> Any:  # noqa: ANN401
+        return self.processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=False
+        )
 
     def _responses(self, ids: Tensor, conversation: Sequence[dict[str, Any]], index: int) -> list[tuple[int, int]]:
         spans = find_responses(ids, self.config.assistant_header_ids, self.config.end_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import json
 import logging
@@ -272,12 +273,25 @@ class JsonlDataset:
             IndexError: If ``index`` is outside the data set.
             ValueError: If the line or one of its images is not as it must be; the message names ``file:line``.
         """
+        return self._read(index, header_only=False)
+
+    def peek(self, index: int) -> dict[str, Any]:
+        """Read one line as ``__getitem__`` does, but of its images the headers alone: they know their ``size``."""
+        return self._read(index, header_only=True)
+
+    def fingerprint(self) -> str:
+        """A text that changes with the file (name, size, time and lines), the folder of its images, and ``limit``."""
+        state = self.path.stat()
+        lines = hashlib.sha256(self._bounds.tobytes()).hexdigest()
+        return f"jsonl {self.path.name} {state.st_size} {state.st_mtime_ns} {lines} {self.root_dir.resolve()}"
+
+    def _read(self, index: int, *, header_only: bool) -> dict[str, Any]:
         conversation, meta = self._parse(index)
         for message in conversation:
             for part in message["content"]:
                 if part["type"] == "image":
                     try:
-                        part["image"] = part["image"].open_image()
+                        part["image"] = part["image"].open_image(header_only=header_only)
                     except ValueError as error:
                         raise ValueError(f"{self._where(index)}: {error}") from error
                 elif part["type"] == "video":

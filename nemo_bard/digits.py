@@ -153,6 +153,10 @@ class DigitsDataset:
         ]
         return {"conversation": conversation, "sample_index": int(index), "answer": answer}
 
+    def fingerprint(self) -> str:
+        """A text that changes with the samples."""
+        return f"digits {self.split} {self.num_samples} {self.seed} {self.config}"
+
     def _answer(self, digits: np.ndarray) -> str:
         config = self.config
         return config.row_separator.join(config.column_separator.join(str(d) for d in row) for row in digits)

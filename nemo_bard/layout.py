@@ -275,8 +275,25 @@ def attention_mask(query: TokenIds, key: TokenIds, *, context_attention: str = "
     Raises:
         ValueError: If ``context_attention`` is unknown.
     """
-    check_context_attention(context_attention)
     q, k = TokenIds(*(x.unsqueeze(-1) for x in query)), TokenIds(*(x.unsqueeze(-2) for x in key))
+    return may_attend(q, k, context_attention=context_attention)
+
+
+def may_attend(q: TokenIds, k: TokenIds, *, context_attention: str = "block") -> Tensor:
+    """``attention_mask`` element by element: may the query ``q`` attend to the key ``k``?
+
+    Args:
+        q: Ids of queries; any shape, also none.
+        k: Ids of keys; broadcast against ``q``.
+        context_attention: ``block`` or ``causal``.
+
+    Returns:
+        Bool of the common shape.
+
+    Raises:
+        ValueError: If ``context_attention`` is unknown.
+    """
+    check_context_attention(context_attention)
     same = (q.sample == k.sample) & (q.sample != PADDING)
     key_is_context, query_is_noisy = k.branch == CONTEXT, q.branch == NOISY
     earlier = k.block <= q.block if context_attention == "block" else k.order <= q.order

@@ -261,6 +261,9 @@ def _final_recipe(
         "checkpoint.max_recent_checkpoints": config["keep_last"],
         "step_scheduler.preemption_signal": list(PREEMPTION_SIGNALS),
     }
+    packing = recipe.get("packing") or {}
+    if packing.get("max_length") is not None and packing.get("cache_dir") is None:
+        own["packing.cache_dir"] = str(Path(config["run_dir"]).absolute() / "lengths")  # one file serves all stages
     if "anchor" in stage.inputs:
         own[ANCHOR_KEY] = exports.get(stage.inputs["anchor"], stage.inputs["anchor"])
     for dotted, value in own.items():

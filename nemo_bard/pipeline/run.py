@@ -177,7 +177,8 @@ class Pipeline:
         if stage.recipe is None:
             return {"tiny": "a tiny Qwen3-VL with random weights", "convert": "start point"}[stage.kind]
         steps = stage.recipe["step_scheduler"]
-        text = f"{steps.get('max_steps') or '?'} steps of {steps['global_batch_size']} samples"
+        unit = "packed rows" if (stage.recipe.get("packing") or {}).get("max_length") else "samples"
+        text = f"{steps.get('max_steps') or '?'} steps of {steps['global_batch_size']} {unit}"
         if stage.block_size:
             text = f"B = {stage.block_size}, {text}"
         if "anchor" in stage.inputs:

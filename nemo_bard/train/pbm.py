@@ -8,11 +8,13 @@ step, and the loss runs at supervised positions and is normalised by totals of t
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,13 +28,18 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, ChunkLoss, chunked_loss
+from nemo_bard.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.configuration import BardVLConfig, check_mask_token_id
-from nemo_bard.layout import PADDING, TokenIds, attention_mask
+from nemo_bard.layout import PADDING
+from nemo_bard.lengths import last_line_of_worker_error
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.packing import PackedDataset, pack_dataset
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.train.joint import JointLoss, next_tokens, weigh_next_tokens
+from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
+from nemo_bard.train.packed_loader import PackedDataloaderConfig
 from nemo_bard.train.recipe_config import (
     NoiseSchedule,
     NoiseSettings,
@@ -61,6 +68,8 @@ class StepTotals(NamedTuple):
     """Samples dropped because they are too long."""
     num_ar_tokens: int = 0
     """Tokens that the context predicts, with ``ar_loss_weight``."""
+    num_positions: int = 0
+    """Positions of all rows, padding included."""
 
 
 def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
@@ -72,6 +81,7 @@ def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
             int((b["sample_ids"] != PADDING).sum()),
             b["num_dropped"],
             int((b["ar_response_ids"] >= 0).sum()) if "ar_response_ids" in b else 0,
+            b["sample_ids"].numel(),
         )
         for b in batches
     ]
@@ -98,19 +108,6 @@ def weigh(batch: dict[str, Any], reduction: str, totals: StepTotals) -> dict[str
     positions = batch["loss_mask"].flatten().nonzero().flatten()
     weight = (scale * batch["loss_weight"]).flatten()[positions]
     return {**batch, "output_positions": positions, "output_weight": weight}
-
-
-def dense_mask(batch: Mapping[str, Any], context_attention: str) -> Tensor:
-    """Attention mask of a microbatch on the device of its ids, ``[N, 1, L, L]`` bool.
-
-    Tokens of no sample (row padding) see themselves, because some attention kernels give NaN for a row without keys;
-    nobody sees them.
-    """
-    order = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
-    ids = TokenIds(batch["sample_ids"], batch["branch_ids"], batch["block_ids"], order.expand_as(batch["input_ids"]))
-    allowed = attention_mask(ids, ids, context_attention=context_attention)
-    idle = torch.diag_embed(batch["sample_ids"] == PADDING)
-    return (allowed | idle).unsqueeze(1)
 
 
 class PBMRecipe(FinetuneRecipeForVLM):
@@ -154,6 +151,10 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.seed = int(self.cfg.get("seed", 42))
         self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS)
         self._fill_defaults()
+        self.packing = _section(self.cfg, "packing") or {}
+        if self.packing.get("max_length") is not None:
+            loader = PackedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
+            self.cfg.__dict__["vlm_dataloader"] = loader  # what upstream's setup builds the training loader from
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
         upstream.addFilter(told)
         try:
@@ -166,11 +167,37 @@ class PBMRecipe(FinetuneRecipeForVLM):
         finally:
             upstream.removeFilter(told)
         self._check_built()
-        for loader, settings in ((self.dataloader, self.noise), (self.val_dataloader, self.validation_noise)):
-            if loader is not None:
-                loader.collate_fn = loader.collate_fn(config=self._model_config, **self._collator_settings(settings))
+        self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, self.noise, packed=True)
+        if self.val_dataloader is not None:
+            self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn, self.validation_noise)
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
+
+    def _complete(
+        self, collate: partial, noise: NoiseSettings, *, packed: bool = False
+    ) -> Callable[[list[Any]], dict[str, Any]]:
+        """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
+        settings = self._collator_settings(noise)
+        if uses_flex(self._model_config, self.dist_env.device):
+            settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
+        if packed and self.packing.get("max_length") is not None:
+            longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
+            settings["max_length"] = min(longest, self.packing["max_length"])
+            settings["max_row_length"] = self.packing["max_length"]
+        return collate(config=self._model_config, **settings)
+
+    def _pack(self, dataset: Any, processor: Any) -> PackedDataset:  # noqa: ANN401
+        """Plan the rows of the training set; called by upstream's setup, when the model is there."""
+        _check_processor(processor)
+        loader = self.cfg.vlm_dataloader
+        return pack_dataset(
+            dataset,
+            self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
+            cache_dir=Path(self.packing.get("cache_dir") or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
+            seed=self.seed,
+            shuffle=loader.shuffle,
+            num_workers=loader.num_workers,
+        )
 
     def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
         """What a collator gets from the recipe besides the model's configuration; ``noise`` is that of its batches."""
@@ -183,8 +210,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             self.cfg.set_by_dotted("dist_env.backend", "nccl" if has_cuda else "gloo")
         if self.cfg.get("dist_env.timeout_minutes", None) is None:
             self.cfg.set_by_dotted("dist_env.timeout_minutes", DEFAULT_TIMEOUT_MINUTES)
-        if self.cfg.get("model.attn_implementation", None) is None:
-            self.cfg.set_by_dotted("model.attn_implementation", "sdpa")
+        if (self.cfg.get("model.attn_implementation", None) or "auto") == "auto":
+            self.cfg.set_by_dotted("model.attn_implementation", "bard" if has_cuda else "sdpa")
         compute = self.cfg.get("compute_dtype", "auto")
         if compute == "auto":
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
@@ -216,17 +243,17 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 f"loss_fn of this recipe must be a nemo_bard.losses.{self.loss_class.__name__}, got"
                 f" {type(self.loss_fn).__name__}"
             )
-        if self.processor is None:
-            raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
+        _check_processor(self.processor)
         check_ar_loss(self.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
         model.generation_config.block_size = None
         samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
         if samples < batch and self.dist_env.is_main:
             logger.warning(
-                "the data set has %d samples, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
+                "the data set has %d %s, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
                 " them; set a smaller global_batch_size for more steps per epoch",
                 samples,
+                "packed rows" if isinstance(self.dataloader.dataset, PackedDataset) else "samples",
                 batch,
             )
 
@@ -258,11 +285,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             with logging_redirect_tqdm():
                 super().run_train_validation_loop()
         except ValueError as error:
-            lines = str(error).strip().splitlines()
-            if not lines or "DataLoader worker" not in lines[0]:
-                raise
-            # A worker sends its traceback as the message; what a user needs is the last line.
-            raise ValueError(lines[-1].removeprefix("ValueError: ")) from error
+            raise last_line_of_worker_error(error) from error
 
     # ------------------ one optimizer step ------------------
     def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
@@ -285,6 +308,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             num_loss_tokens=totals.num_loss_tokens,
             num_dropped=totals.num_dropped,
             num_tokens_per_step=totals.num_tokens,
+            fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
         )
@@ -428,7 +452,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """Arguments of the forward of a model with this configuration."""
         return {
             "input_ids": batch["input_ids"],
-            "attention_mask": dense_mask(batch, config.context_attention),
+            "attention_mask": make_mask(batch, config),
             "position_ids": batch["position_ids"],
             "pixel_values": batch["pixel_values"],
             "image_grid_thw": batch["image_grid_thw"],
@@ -483,6 +507,11 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
             },
         )
+
+
+def _check_processor(processor: Any) -> None:  # noqa: ANN401
+    if processor is None:
+        raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
 
 
 class _UserErrors(logging.Filter):

@@ -21,6 +21,7 @@ RECIPE_KEYS = (
     "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
     "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
     "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens", "ar_loss_weight",
+    "packing",
 )  # fmt: skip
 """Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
 REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
@@ -49,6 +50,7 @@ SECTION_KEYS = {
         "enable_async_tensor_parallel", "patch_is_packed_sequence", "multimodal", "pipeline", "moe",
     ),
     "clip_grad_norm": ("max_norm", "backend"),
+    "packing": ("max_length", "cache_dir"),
     "checkpoint": (
         "enabled", "checkpoint_dir", "restore_from", "best_metric_key", "model_save_format", "model_cache_dir",
         "model_repo_id", "save_consolidated", "is_peft", "model_state_dict_keys", "is_async", "wait_for_staging",
@@ -65,7 +67,7 @@ SECTION_KEYS = {
 }  # fmt: skip
 BACKENDS = ("auto", "nccl", "gloo")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
-ATTENTION_BACKENDS = ("sdpa", "bard")
+ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
 
 
@@ -273,7 +275,10 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
                     raise ValueError(f"{name} must be a section of keys, got {raw[name]!r}")
                 check_keys(name, raw[name], known)
     if raw.get("packed_sequence"):
-        raise ValueError("packed_sequence is not supported by this recipe: its collator would be replaced; remove it")
+        raise ValueError(
+            "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length"
+        )
+    _check_packing(raw)
     _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
     check_chunk_tokens(raw.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS))
@@ -451,6 +456,21 @@ def _check_dataset(name: str, section: object) -> None:
     path = section.get("path")
     if isinstance(path, str) and not Path(path).exists():
         raise ValueError(f"{name}.path: {path} does not exist")
+
+
+def _check_packing(raw: Mapping[str, Any]) -> None:
+    section = raw.get("packing") or {}
+    if section.get("max_length") is None:
+        return
+    _check_count("packing.max_length", section["max_length"])
+    cache = section.get("cache_dir")
+    if cache is not None and (not isinstance(cache, str) or not cache):
+        raise ValueError(f"packing.cache_dir must be a folder or null, got {cache!r}")
+    collator = (raw["dataloader"].get("collate_fn") or {}).get("_target_")
+    if not str(collator).endswith("nemo_bard.collate.BlockDiffusionCollator"):
+        raise ValueError(
+            f"packing needs dataloader.collate_fn._target_: nemo_bard.collate.BlockDiffusionCollator, got {collator!r}"
+        )
 
 
 def _check_collator(name: str, section: Mapping[str, Any]) -> None:

@@ -138,7 +138,7 @@ class SWDRecipe(PBMRecipe):
             # a null would be taken as an override of the folder's value
             self.cfg.set_by_dotted(f"{section}.block_size", read_config(raw[section]).block_size)
         self.anchor_block_size = self.cfg.get("anchor.block_size")
-        if self.cfg.get("anchor.attn_implementation", None) is None:
+        if (self.cfg.get("anchor.attn_implementation", None) or "auto") == "auto":
             self.cfg.set_by_dotted("anchor.attn_implementation", self.cfg.get("model.attn_implementation"))
         if self.cfg.get("anchor.torch_dtype", None) is None:
             self.cfg.set_by_dotted("anchor.torch_dtype", str(self.compute_dtype).removeprefix("torch."))

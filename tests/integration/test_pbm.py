@@ -65,6 +65,32 @@ def write_data(folder: Path, samples: int) -> Path:
     return folder / "train.jsonl"
 
 
+def write_mixture(folder: Path, samples: int) -> Path:
+    """Every second sample is text only: of two ranks, each reading every second sample, one sees no image at all."""
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    for index in range(3):
+        pixels = generator.integers(0, 255, (40 + 30 * index, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    lines = []
+    for index in range(samples):
+        images = [] if index % 2 else [["0.png"], ["0.png", "1.png", "2.png"]][index // 2 % 2]
+        messages = [
+            {"role": "user", "content": "<image>" * len(images) + "What is there"},
+            {"role": "assistant", "content": "word " * (1 + index % 5)},
+        ]
+        if index % 3 == 0:
+            more = ["2.png"] if images else []
+            messages += [
+                {"role": "user", "content": "<image>" * len(more) + "And then"},
+                {"role": "assistant", "content": "the end of it"},
+            ]
+            images = images + more
+        lines.append(json.dumps({"messages": messages, "images": images}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
 def drive(jobs: list[dict], folder: Path, *, ranks: int = 1) -> str:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -99,6 +125,8 @@ def runs(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = write_data(folder / "data", 11)
 
+    mixture = str(write_mixture(folder / "mixture", 12))
+
     def job(name, **changes):
         where = {
             "model.pretrained_model_name_or_path": str(start),
@@ -107,6 +135,19 @@ def runs(start, tmp_path_factory):
             "checkpoint.checkpoint_dir": str(folder / name),
         }
         return {"overrides": {**TRAIN, **where, **changes}}
+
+    short = {"step_scheduler.max_steps": 3, "step_scheduler.val_every_steps": 100}
+    all_at_once = {**short, "step_scheduler.global_batch_size": 12}
+    rows = {"packing.max_length": 160, "packing.cache_dir": str(folder / "lengths")}
+    row_steps = {**rows, "step_scheduler.global_batch_size": 2, "step_scheduler.local_batch_size": 1}
+    row_steps = {**row_steps, **short, "step_scheduler.max_steps": 5}
+    mixed = {**short, "dataset.path": mixture, "dataloader.shuffle": False}
+    on_both = {
+        "packed": {**all_at_once, **rows},
+        "rows": row_steps,
+        "mixed": mixed,
+        "mixed_last": {**mixed, "dataloader.collate_fn.turns": "last", "packing.max_length": 200},
+    }
 
     log = drive(
         [
@@ -124,6 +165,10 @@ def runs(start, tmp_path_factory):
                     "step_scheduler.max_steps": 3,
                 },
             ),
+            job("whole", **all_at_once),
+            *(job(name, **changes) for name, changes in on_both.items()),
+            {**job("rows_cut", **row_steps), "sigterm_at": 1},
+            job("rows_cut", **row_steps),
             job("short", **{"dataloader.collate_fn.max_length": 48, "step_scheduler.max_steps": 3}),
             job("joint", **JOINT),
             {**job("joint_cut", **JOINT), "sigterm_at": 4},
@@ -142,6 +187,7 @@ def runs(start, tmp_path_factory):
     drive(
         [
             job("two"),
+            *(job(f"{name}_two", **changes) for name, changes in on_both.items()),
             job("joint_two", **JOINT),
             job(
                 "uniform_two",
@@ -172,6 +218,52 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(runs, one, two, steps):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
         for key in ("num_samples", "num_loss_tokens", "num_tokens_per_step", "num_ar_tokens", "noise_high"):
             assert a.get(key) == b.get(key), (a["step"], key)
+
+
+@pytest.mark.parametrize("name", ["packed", "rows", "mixed", "mixed_last"])
+def test_packed_and_mixed_data_give_the_same_on_two_ranks(runs, name):
+    """``mixed``: one rank has text only. ``rows`` and ``packed``: rows of several samples."""
+    folder, _ = runs
+    first, second = read_log(folder / name), read_log(folder / f"{name}_two")
+    assert len(first) == len(second) == (5 if name == "rows" else 3)
+    for a, b in zip(first, second, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+        for key in ("num_samples", "num_loss_tokens", "num_tokens_per_step"):
+            assert a[key] == b[key], (a["step"], key)
+
+
+@pytest.mark.parametrize("name", ["packed", "packed_two"])
+def test_packed_run_is_the_unpacked_one(runs, name):
+    """All samples in every step, so that only the rows differ: 11 of their own, or fewer that they share."""
+    folder, log = runs
+    unpacked, packed = read_log(folder / "whole"), read_log(folder / name)
+    for a, b in zip(unpacked, packed, strict=True):
+        assert a["num_samples"] == b["num_samples"] == 11
+        assert a["num_loss_tokens"] == b["num_loss_tokens"]
+        # the first step has equal weights; afterwards AdamW amplifies rounding of tiny gradients
+        tolerance = 1e-5 if a["step"] == 0 else 1e-3
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance), a["step"]
+        if name == "packed":  # on two ranks a row is repeated, which does not count
+            assert b["fill"] > a["fill"]
+    assert "packing: 11 samples in" in log
+    assert "of at most 160 tokens" in log
+    assert len(list((folder / "lengths").iterdir())) == 1, "one file of lengths for all runs on these samples"
+
+
+def test_epoch_of_rows_holds_every_sample_once_and_can_be_interrupted(runs):
+    folder, _ = runs
+    whole, cut = read_log(folder / "rows"), read_log(folder / "rows_cut")
+    first_epoch = [line for line in whole if line["epoch"] == 0]
+    assert 1 < len(first_epoch) < 5
+    assert sum(line["num_samples"] for line in first_epoch) == 11
+    assert [line["step"] for line in cut] == list(range(5))
+    for a, b in zip(whole, cut, strict=True):
+        assert a["epoch"] == b["epoch"]
+        assert a["num_samples"] == b["num_samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6), a["step"]
 
 
 def test_validation_is_the_same_on_two_ranks_and_counts_every_sample_once(runs):

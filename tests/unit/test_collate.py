@@ -18,7 +18,8 @@ from nemo_bard.noise import NOISES
 from nemo_bard.tiny import make_tiny_qwen3_vl
 from nemo_bard.train import corruption
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
-from nemo_bard.train.pbm import StepTotals, count, dense_mask, weigh
+from nemo_bard.train.masks import dense_mask
+from nemo_bard.train.pbm import StepTotals, count, weigh
 from nemo_bard.train.recipe_config import NoiseSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collate"

@@ -79,6 +79,15 @@ def test_published_chain(name):
     assert (loss["ce_weight"], loss["kd_weight"], loss["kd_top_k"]) == (1.0, 0.5, 16)
 
 
+def test_packing_in_all_stages_shares_the_measured_lengths(tmp_path):
+    chain = job("bard_b32", "overrides.packing.max_length=8192", folder=tmp_path)
+    for stage in chain.stages[1:]:
+        assert stage.recipe["packing"] == {"max_length": 8192, "cache_dir": str(tmp_path / "lengths")}
+    one = job("bard_b32", "stage.pbm_b8.overrides.packing.max_length=4096", folder=tmp_path)
+    assert one.stage("pbm_b8").recipe["packing"]["max_length"] == 4096
+    assert one.stage("pbm_b4").recipe["packing"] == {"max_length": None, "cache_dir": None}
+
+
 def test_every_shipped_file_is_used_by_a_composition():
     names = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*.yaml")}
     assert {f"pipeline/{name}.yaml" for name in (*PUBLISHED, "bard_tiny")} <= names

@@ -61,7 +61,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("noise.num_random_ids", 0, "noise.num_random_ids must be an integer >= 1"),
         ("model", ..., "the recipe needs a section 'model'"),
         ("model.block_size", 0, "model.block_size must be an integer >= 1, got 0"),
-        ("model.attn_implementation", "eager", "must be one of sdpa, bard, got 'eager'"),
+        ("model.attn_implementation", "eager", "must be one of auto, sdpa, bard, got 'eager'"),
         ("model.pretrained_model_name_or_path", None, "must name a checkpoint folder"),
         ("model.pretrained_model_name_or_path", "/no/such/folder", "/no/such/folder is not a folder"),
         ("dataset.path", None, "dataset.path must be set, got None"),
@@ -78,7 +78,16 @@ def test_shipped_recipe_is_accepted(raw):
         ("step_scheduler.local_batch_size", 3, "global_batch_size=256 must be divisible by"),
         ("step_scheduler.global_batch_size", 0, "global_batch_size must be an integer >= 1"),
         ("step_scheduler.max_steps", None, "set step_scheduler.max_steps or step_scheduler.num_epochs"),
-        ("packed_sequence", {"pack_size": 9}, "packed_sequence is not supported"),
+        (
+            "packed_sequence",
+            {"pack_size": 9},
+            "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length",
+        ),
+        ("packing.max_lenght", 9, "unknown recipe key packing.max_lenght; did you mean packing.max_length?"),
+        ("packing", 8192, "packing must be a section of keys, got 8192"),
+        ("packing.max_length", 0, "packing.max_length must be an integer >= 1, got 0"),
+        ("packing.max_length", "8k", "packing.max_length must be an integer >= 1, got '8k'"),
+        ("packing", {"max_length": 99, "cache_dir": 3}, "packing.cache_dir must be a folder or null, got 3"),
         ("loss_fn._target_", "nemo_bard.losses.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
         ("optimizer._target_", None, "optimizer must have _target_"),
@@ -125,6 +134,13 @@ def test_uniform_noise_goes_with_both_losses(raw):
     uniform = changed(raw, "noise.name", "uniform")
     validate_recipe(uniform)
     validate_recipe(changed(uniform, "loss_fn._target_", "nemo_bard.losses.MixturePathKL"))
+
+
+def test_packing_needs_our_collator(raw):
+    packed = changed(raw, "packing.max_length", 4096)
+    validate_recipe(packed)
+    with pytest.raises(ValueError, match=r"packing needs dataloader.collate_fn._target_: .*, got 'my.collate'$"):
+        validate_recipe(changed(packed, "dataloader.collate_fn._target_", "my.collate"))
 
 
 def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):

@@ -218,7 +218,11 @@ def test_shipped_recipe_is_accepted(raw):
         ("anchor.block_size", 0, "anchor.block_size must be an integer >= 1, got 0"),
         ("anchor.block_sise", 4, "unknown recipe key anchor.block_sise; did you mean anchor.block_size?"),
         ("anchor.mask_token_id", 1, "its mask_token_id is 1, the student's is"),
-        ("anchor.attn_implementation", "eager", "anchor.attn_implementation must be one of sdpa, bard, got 'eager'"),
+        (
+            "anchor.attn_implementation",
+            "eager",
+            "anchor.attn_implementation must be one of auto, sdpa, bard, got 'eager'",
+        ),
         ("anchor", None, "the recipe needs a section 'anchor'"),
         ("model.block_size", 2, "at most the student's 2 and divide it, got 4"),
         ("offload_anchor", "yes", "offload_anchor must be true or false, got 'yes'"),
