@@ -74,7 +74,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("distributed.pp_size", 2, "distributed.pp_size must be 1"),
         ("dist_env.backend", "mpi", "dist_env.backend must be one of auto, nccl, gloo, got 'mpi'"),
         ("compute_dtype", "float16", "compute_dtype must be one of"),
-        ("loss_chunk_tokens", 0, "loss_chunk_tokens must be an integer >= 1, got 0"),
+        ("loss_chunk_tokens", 0, "loss_chunk_tokens must be an integer >= 1 or null, got 0"),
         ("step_scheduler.local_batch_size", 3, "global_batch_size=256 must be divisible by"),
         ("step_scheduler.global_batch_size", 0, "global_batch_size must be an integer >= 1"),
         ("step_scheduler.max_steps", None, "set step_scheduler.max_steps or step_scheduler.num_epochs"),
