@@ -251,12 +251,16 @@ def lora(lab):
 
 
 def test_lora_trains_adapters_alone(lab, lora):
+    from nemo_bard.pipeline.training import final_export
+
     model = lora[0].model_parts[0]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(trained) == 2 * 7 * model.config.text_config.num_hidden_layers
     folder = lab.folder / "lora" / "LATEST" / "model"
     assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
+    stage = SimpleNamespace(checkpoints=lab.folder / "lora")
+    assert final_export(stage) == folder.parent.resolve() / "model" / "consolidated", "a chain goes on from it"
 
 
 def test_lora_resumes_to_the_same_weights(lab, lora):
