@@ -211,13 +211,12 @@ class Activations:
 def text_layer_bytes(config: Qwen3VLConfig, width: int) -> int:
     """Bytes that one text layer keeps for each token; ``width`` is ``b``.
 
-    A norm of n numbers keeps ``n (4 + 2b)``: its input in float32, the normalised and the scaled values.
+    With ``nemo_bard.lean``: inputs and outputs of the two norms of width H, what enters the norms of queries and keys,
+    queries, keys, values and output of attention, and the two halves of the MLP.
     """
     text = config.text_config
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    norms = (2 * text.hidden_size + q + kv) * (4 + 2 * width)
-    rope, attention = (q + kv) * 2 * width, (kv + q) * width
-    return norms + rope + attention + 4 * text.intermediate_size * width
+    return (4 * text.hidden_size + 3 * q + 3 * kv + 2 * text.intermediate_size) * width
 
 
 def vision_block_bytes(config: Qwen3VLConfig, width: int) -> int:
@@ -420,8 +419,7 @@ FORMULAS = (
     "gathered weights = b (root + 2 layers) if G > 1, else b N copies of autocast if b < 4; root: embedding, LM head,"
     " last norm",
     "unreduced gradients = b (root + 1 layer) + 4 V H of the LM head's sum if b < 4; G > 1 only",
-    "text activations = tokens layers ((2 H + q + kv) (4 + 2 b) + 3 (q + kv) b + 4 I b); with checkpointing"
-    " tokens (layers H b + one layer)",
+    "text activations = tokens layers (4 H + 3 q + 3 kv + 2 I) b; with checkpointing tokens (layers H b + one layer)",
     "vision activations = patches (depth (11 h b + 2 i b + rotary) + mergers); with checkpointing alike",
     "logits = 3 x 4 bytes x 256 tokens x V",
     "seconds = FLOPs of a sample x samples per GPU / real tokens / (utilisation x peak)",

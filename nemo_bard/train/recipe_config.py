@@ -413,6 +413,9 @@ def _check_peft(raw: Mapping[str, Any]) -> None:
             _check_count(f"peft.{key}", section[key])
     if (raw.get("checkpoint") or {}).get("is_async"):
         raise ValueError("checkpoint.is_async must be false with peft: adapters are merged before a checkpoint counts")
+    for key in ("text_config", "vision_config", "tie_word_embeddings"):
+        if raw["model"].get(key) is not None:
+            raise ValueError(f"model.{key} cannot be changed with peft; make it part of the checkpoint's config.json")
     folder = raw["model"].get("pretrained_model_name_or_path")
     if not Path(folder).is_dir():
         raise ValueError(f"model.pretrained_model_name_or_path must be a folder with peft, got {folder!r}")

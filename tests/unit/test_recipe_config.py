@@ -14,6 +14,8 @@ from nemo_bard.paths import recipes_dir
 from nemo_bard.train import recipe_config
 from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
 
+LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
+
 
 @pytest.fixture
 def raw(tmp_path):
@@ -38,6 +40,17 @@ def changed(raw, dotted, value):
     else:
         node[leaf] = value
     return raw
+
+
+def test_adapters_frozen_modules_and_levels_are_accepted(raw):
+    raw = changed(raw, "freeze_config", {"freeze_modules": [{"glob": "model.visual.*"}]})
+    raw = changed(raw, "validation_noise", {"levels": [0.25, 1]})
+    validate_recipe(changed(raw, "checkpoint.best_metric_key", "val_loss_t0.25"))
+    validate_recipe(changed(raw, "peft", LORA))
+    with pytest.raises(ValueError, match="checkpoint.is_async must be false with peft"):
+        validate_recipe(changed(changed(raw, "peft", LORA), "checkpoint.is_async", True))
+    with pytest.raises(ValueError, match="model.text_config cannot be changed with peft"):
+        validate_recipe(changed(changed(raw, "peft", LORA), "model.text_config", {"num_hidden_layers": 2}))
 
 
 def test_shipped_recipe_is_accepted(raw):
@@ -86,6 +99,20 @@ def test_shipped_recipe_is_accepted(raw):
         ("optimizer.lr", "2e-5x", "optimizer.lr must be a number >= 0, got '2e-5x'"),
         ("seed", "abc", "seed must be an integer, got 'abc'"),
         ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
+        ("ema", {"decay": 0.999}, "ema: NeMo AutoModel 0.7.0 has no average of weights"),
+        ("freeze_config", {}, "freeze_config must say freeze_vision_tower: true or false"),
+        ("freeze_config", {"freeze_language_model": True}, "freeze_config must say freeze_vision_tower"),
+        ("freeze_config", {"freeze_vision": True}, "did you mean freeze_config.freeze_vision_tower?"),
+        ("peft", {"dim": 8}, "peft must have _target_"),
+        ("peft", {**LORA, "dims": 8}, "did you mean peft.dim?"),
+        ("peft", {**LORA, "match_all_linear": True}, "use peft.exclude_modules: [lm_head]"),
+        ("peft", {**LORA, "use_dora": True}, "peft.use_dora: adapters of this kind cannot be merged"),
+        ("peft", {**LORA, "dim": 0}, "peft.dim must be an integer >= 1, got 0"),
+        ("validation_noise", {"levels": [0.0, 0.5]}, "validation_noise.levels must be a list of different numbers"),
+        ("validation_noise", {"levels": [0.5, 0.5]}, "validation_noise.levels must be a list of different numbers"),
+        ("validation_noise", {"levels": [0.5], "low": 0.1}, "exclude each other"),
+        ("checkpoint.best_metric_key", "val_los", "did you mean 'val_loss'?"),
+        ("checkpoint.best_metric_key", "val_loss_t0.5", "checkpoint.best_metric_key must be one of"),
     ],
 )
 def test_wrong_recipe_is_one_line_that_names_the_key(raw, key, value, message):
@@ -132,11 +159,13 @@ def test_checking_a_recipe_imports_nothing_heavy():
 
 def test_known_keys_are_those_of_the_installed_automodel():
     from nemo_automodel import NeMoAutoModelForImageTextToText
+    from nemo_automodel.components._peft.lora import PeftConfig
     from nemo_automodel.components.checkpoint.config import CheckpointingConfig
     from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
     from nemo_automodel.components.distributed.config import FSDP2Config
     from nemo_automodel.components.optim.optimizer import LRSchedulerConfig
     from nemo_automodel.components.training.step_scheduler import StepSchedulerConfig
+    from nemo_automodel.components.utils.model_utils import FreezeConfig
 
     known = recipe_config.SECTION_KEYS
 
@@ -146,6 +175,9 @@ def test_known_keys_are_those_of_the_installed_automodel():
     assert set(known["step_scheduler"]) == fields(StepSchedulerConfig) | {"local_batch_size"}
     assert set(known["lr_scheduler"]) == fields(LRSchedulerConfig) | {"_target_"}
     assert set(known["checkpoint"]) == fields(CheckpointingConfig) | {"restore_from"}
+    assert set(known["freeze_config"]) == fields(FreezeConfig)
+    unknown = {"moe_rank_scaling", "expert_weight_format"}  # of mixtures of experts
+    assert set(known["peft"]) == fields(PeftConfig) - unknown | {"_target_"}
     assert fields(FSDP2Config) <= set(known["distributed"])
     assert set(known["dataloader"]) - {"_target_", "collate_fn"} <= fields(VlmDataloaderConfig)
     accepted = inspect.signature(NeMoAutoModelForImageTextToText.from_pretrained).parameters
