@@ -38,12 +38,12 @@ from _common import (
 from torch import Tensor
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS
 from nemo_bard.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
 from nemo_bard.layout import PADDING, sample_layout
 from nemo_bard.losses import BlockDiffusionCrossEntropy
 from nemo_bard.plan import peak_flops, training_flops
 from nemo_bard.shapes import SHAPES, make_config
+from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
 from nemo_bard.train.masks import FLEX_TILE, dense_mask, uses_flex
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="flex",
         help="masks of our paths on a GPU: flex_attention's block masks, or dense ones for sdpa; dense on CPU",
     )
-    parser.add_argument("--loss-chunk-tokens", type=int, default=DEFAULT_CHUNK_TOKENS)
+    parser.add_argument("--loss-chunk-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--repeat", type=int, default=3, help="steps per path, interleaved; the median counts")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
@@ -220,6 +220,8 @@ def build_step(
     """Build model and microbatches of a path, warm up, and return what measures one forward and backward."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if path != "plain":
+        cpu_compat.apply()  # as the recipe does
     start = resident_bytes()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = bard_config(args.shape, block_size)

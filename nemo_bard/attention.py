@@ -80,9 +80,29 @@ def bard_attention(
         )
     else:
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=_additive(attention_mask, query.dtype),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=True,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bool mask as 0 and -inf, made once for all layers of a forward.
+
+    PyTorch's CPU kernel makes the same of a bool mask, once for each layer, and autograd keeps all of them.
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    kept = getattr(mask, "_additive", None)
+    if kept is None or kept.dtype != dtype:
+        kept = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask._additive = kept  # lives as long as the mask
+    return kept
 
 
 AttentionInterface.register(NAME, bard_attention)

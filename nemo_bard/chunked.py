@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 DEFAULT_CHUNK_TOKENS = 256
 """Tokens whose logits exist at once: with 151,936 ids about 0.45 GiB of float32 for log-probabilities and gradients."""
+CPU_CHUNK_TOKENS = 64
+"""The same on a CPU, whose matrix products need fewer tokens to be efficient."""
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """``(logits [C, V], which of the K tokens they belong to) -> scalar``; the loss is the sum over all chunks."""
@@ -35,13 +37,25 @@ class OutputHead(nn.Linear):
         return F.linear(hidden, self.weight) if output_fn is None else output_fn(hidden, self.weight)
 
 
-def check_chunk_tokens(chunk_tokens: int) -> None:
-    """Raise ValueError unless ``chunk_tokens`` is an integer >= 1."""
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    """Raise ValueError unless ``chunk_tokens`` is an integer >= 1 or None."""
+    if chunk_tokens is None:
+        return
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"loss_chunk_tokens must be an integer >= 1, got {chunk_tokens!r}")
+        raise ValueError(f"loss_chunk_tokens must be an integer >= 1 or null, got {chunk_tokens!r}")
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_tokens: int) -> Tensor:
+def choose_chunk_tokens(chunk_tokens: int | None, device: torch.device) -> int:
+    """Tokens of a chunk on ``device``: as asked, or what suits the device if None.
+
+    Raises:
+        ValueError: If ``chunk_tokens`` < 1.
+    """
+    check_chunk_tokens(chunk_tokens)
+    return chunk_tokens or (CPU_CHUNK_TOKENS if device.type == "cpu" else DEFAULT_CHUNK_TOKENS)
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_tokens: int | None = None) -> Tensor:
     """Sum of ``loss`` over chunks of tokens; gradients flow into ``hidden`` and ``weight``.
 
     Under autocast the logits are computed in its dtype, otherwise in the dtype of ``weight``. Gradients of ``weight``
@@ -51,7 +65,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_token
         hidden: Hidden states of the supervised tokens, ``[K, H]``; K may be 0.
         weight: Weight of the LM head, ``[V, H]``.
         loss: Loss of a chunk, a differentiable function of its logits alone; called once for each chunk, in order.
-        chunk_tokens: Tokens of a chunk.
+        chunk_tokens: Tokens of a chunk; None means what suits the device.
 
     Returns:
         Scalar, at least float32; a zero connected to ``hidden`` and ``weight`` when ``K`` is 0. It can be
@@ -60,7 +74,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_token
     Raises:
         ValueError: If ``chunk_tokens`` < 1.
     """
-    check_chunk_tokens(chunk_tokens)
+    chunk_tokens = choose_chunk_tokens(chunk_tokens, weight.device)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_gradient:
         return _ChunkedLoss.apply(hidden, weight, loss, chunk_tokens)
@@ -73,14 +87,14 @@ def chunked_loss(hidden: Tensor, weight: Tensor, loss: ChunkLoss, *, chunk_token
 
 
 @torch.no_grad()
-def chunked_top_k(hidden: Tensor, weight: Tensor, *, k: int, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+def chunked_top_k(hidden: Tensor, weight: Tensor, *, k: int, chunk_tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Largest logits of each token and their ids, without gradient.
 
     Args:
         hidden: Hidden states, ``[K, H]``; K may be 0.
         weight: Weight of the LM head, ``[V, H]``.
         k: How many, 1 to V.
-        chunk_tokens: Tokens of a chunk.
+        chunk_tokens: Tokens of a chunk; None means what suits the device.
 
     Returns:
         Logits ``[K, k]`` in the compute dtype, largest first, and ids ``[K, k]`` int64.
@@ -88,7 +102,7 @@ def chunked_top_k(hidden: Tensor, weight: Tensor, *, k: int, chunk_tokens: int) 
     Raises:
         ValueError: If ``k`` is not within 1 and V, or ``chunk_tokens`` < 1.
     """
-    check_chunk_tokens(chunk_tokens)
+    chunk_tokens = choose_chunk_tokens(chunk_tokens, weight.device)
     if not 1 <= k <= len(weight):
         raise ValueError(f"kd_top_k must be 1 to {len(weight)} (the vocabulary), got {k}")
     dtype = _compute_dtype(weight)

@@ -48,6 +48,48 @@ class BardVLConfig(Qwen3VLConfig):
     eos_token_id: int | list[int] | None = None
     """Id that ends a turn, or a list of them."""
 
+    @staticmethod
+    def flops_formula(
+        config: BardVLConfig,
+        gbs: int = 1,
+        seq_len: int = 1024,
+        *,
+        prompt_tokens: int = 0,
+        image_tokens: int = 0,
+        supervised: float = 0.5,
+    ) -> float:
+        """FLOPs of forward and backward; what AutoModel's ``AutoMFU`` asks a configuration for.
+
+        Args:
+            config: The model's configuration, with its ``block_size``.
+            gbs: Rows.
+            seq_len: Tokens of a training row ``[prompt | clean | noisy]``, as ``input_ids`` has them.
+            prompt_tokens: Tokens before the response, images included.
+            image_tokens: Tokens of one image among them; 0 for none.
+            supervised: Part of the noisy tokens that is supervised, 0.5 for levels uniform in (0, 1].
+
+        Raises:
+            ValueError: If the configuration has no block size, or no response fits.
+        """
+        from nemo_bard.plan import training_flops
+
+        if config.block_size is None:
+            raise ValueError("flops_formula needs a configuration with block_size")
+        response = (seq_len - prompt_tokens + config.block_size) // 2
+        if not 0 <= image_tokens <= prompt_tokens or seq_len <= prompt_tokens:
+            raise ValueError(
+                f"flops_formula: 0 <= image_tokens <= prompt_tokens < seq_len must hold, got {image_tokens},"
+                f" {prompt_tokens}, {seq_len}"
+            )
+        counted = training_flops(
+            config,
+            [(prompt_tokens, response)],
+            block_size=config.block_size,
+            image_tokens=image_tokens,
+            supervised=supervised * response,
+        )
+        return gbs * counted.model
+
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401
         for name, own in (("vision_config", "qwen3_vl_vision"), ("text_config", "qwen3_vl_text")):
             sub = getattr(self, name)

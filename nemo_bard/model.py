@@ -16,12 +16,17 @@ import torch
 from nemo_automodel.components.models.qwen3_vl.model import Qwen3VLForConditionalGeneration
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutputWithPast
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLCausalLMOutputWithPast,
+    Qwen3VLTextMLP,
+    Qwen3VLTextRMSNorm,
+)
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from nemo_bard import generation
 from nemo_bard.chunked import OutputHead
 from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
+from nemo_bard.lean import slim
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +50,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
         self.lm_head.__class__ = OutputHead  # the same parameters, initialised as Qwen3-VL does
+        if config.text_config.hidden_act == "silu":
+            slim(self.model.language_model, Qwen3VLTextRMSNorm, Qwen3VLTextMLP)
 
     @property
     def generation_config(self) -> BardGenerationConfig:

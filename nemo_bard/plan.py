@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLConfig
 
 GIB = 2**30
-CHUNK_TOKENS = 256  # chunked.DEFAULT_CHUNK_TOKENS, which would import torch
+CHUNK_TOKENS = 256  # chunked.DEFAULT_CHUNK_TOKENS, that of GPUs; importing it would import torch
 LOGIT_COPIES = 3
 """Logits of a chunk, their log-probabilities and their gradient."""
 
@@ -111,6 +111,10 @@ class Flops:
     head: float
     vision: float
 
+    def __add__(self, other: Flops) -> Flops:
+        """Both together."""
+        return Flops(**{key: value + getattr(other, key) for key, value in vars(self).items()})
+
     @property
     def forward(self) -> float:
         """One forward."""
@@ -149,26 +153,42 @@ def training_flops(
     Returns:
         FLOPs of one forward over all samples, and what follows from them.
     """
-    text, vision = config.text_config, config.vision_config
-    h, q = text.hidden_size, text.num_attention_heads * text.head_dim
-    kv = text.num_key_value_heads * text.head_dim
     lengths = [row_tokens(prompt, response, block_size) for prompt, response in samples]
     pairs = sum(
         length**2 if dense_attention else visible_pairs(*sample, block_size)
         for length, sample in zip(lengths, samples, strict=True)
     )
+    patches = image_tokens * config.vision_config.spatial_merge_size**2
+    return row_flops(config, tokens=sum(lengths), pairs=pairs, supervised=supervised, frames=[patches] * len(samples))
+
+
+def row_flops(
+    config: Qwen3VLConfig, *, tokens: int, pairs: int, supervised: float, frames: Sequence[int] = ()
+) -> Flops:
+    """FLOPs of one forward: matrix products and attention.
+
+    Args:
+        config: The model.
+        tokens: Tokens of the rows, noisy copies included.
+        pairs: (query, key) pairs that may attend.
+        supervised: Tokens at which the LM head runs.
+        frames: Patches of each image, or of each frame of a video.
+    """
+    text, vision = config.text_config, config.vision_config
+    h, q = text.hidden_size, text.num_attention_heads * text.head_dim
+    kv = text.num_key_value_heads * text.head_dim
     weights = 2 * h * q + 2 * h * kv + 3 * h * text.intermediate_size
     v, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    patches = image_tokens * vision.spatial_merge_size**2
-    block = 2 * patches * (4 * v * v + 2 * v * vision.intermediate_size) + 4 * patches**2 * v
-    merge = 2 * image_tokens * (merged**2 + merged * vision.out_hidden_size)
+    patches = sum(frames)
+    block = 2 * patches * (4 * v * v + 2 * v * vision.intermediate_size) + 4 * sum(n**2 for n in frames) * v
+    merge = 2 * patches // vision.spatial_merge_size**2 * (merged**2 + merged * vision.out_hidden_size)
     patch = 2 * patches * v * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     tower = patch + vision.depth * block + (1 + len(vision.deepstack_visual_indexes)) * merge
     return Flops(
-        text=2.0 * sum(lengths) * text.num_hidden_layers * weights,
+        text=2.0 * tokens * text.num_hidden_layers * weights,
         attention=4.0 * text.num_hidden_layers * q * pairs,
         head=2.0 * supervised * h * text.vocab_size,
-        vision=float(len(samples) * tower),
+        vision=float(tower),
     )
 
 
@@ -191,13 +211,12 @@ class Activations:
 def text_layer_bytes(config: Qwen3VLConfig, width: int) -> int:
     """Bytes that one text layer keeps for each token; ``width`` is ``b``.
 
-    A norm of n numbers keeps ``n (4 + 2b)``: its input in float32, the normalised and the scaled values.
+    With ``nemo_bard.lean``: inputs and outputs of the two norms of width H, what enters the norms of queries and keys,
+    queries, keys, values and output of attention, and the two halves of the MLP.
     """
     text = config.text_config
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    norms = (2 * text.hidden_size + q + kv) * (4 + 2 * width)
-    rope, attention = (q + kv) * 2 * width, (kv + q) * width
-    return norms + rope + attention + 4 * text.intermediate_size * width
+    return (4 * text.hidden_size + 3 * q + 3 * kv + 2 * text.intermediate_size) * width
 
 
 def vision_block_bytes(config: Qwen3VLConfig, width: int) -> int:
@@ -400,8 +419,7 @@ FORMULAS = (
     "gathered weights = b (root + 2 layers) if G > 1, else b N copies of autocast if b < 4; root: embedding, LM head,"
     " last norm",
     "unreduced gradients = b (root + 1 layer) + 4 V H of the LM head's sum if b < 4; G > 1 only",
-    "text activations = tokens layers ((2 H + q + kv) (4 + 2 b) + 3 (q + kv) b + 4 I b); with checkpointing"
-    " tokens (layers H b + one layer)",
+    "text activations = tokens layers (4 H + 3 q + 3 kv + 2 I) b; with checkpointing tokens (layers H b + one layer)",
     "vision activations = patches (depth (11 h b + 2 i b + rotary) + mergers); with checkpointing alike",
     "logits = 3 x 4 bytes x 256 tokens x V",
     "seconds = FLOPs of a sample x samples per GPU / real tokens / (utilisation x peak)",

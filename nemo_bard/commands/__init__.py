@@ -11,6 +11,7 @@ from __future__ import annotations
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("nemo_bard.commands.finetune", "train from a recipe YAML (also: automodel finetune)"),
     "convert": ("nemo_bard.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
+    "merge": ("nemo_bard.commands.merge", "add LoRA adapters to their base checkpoint"),
     "generate": ("nemo_bard.commands.generate", "answer a prompt, or a file of prompts"),
     "evaluate": ("nemo_bard.commands.evaluate", "score a checkpoint on a data set, with its speed"),
     "calibrate": ("nemo_bard.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),

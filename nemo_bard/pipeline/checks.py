@@ -107,7 +107,7 @@ def check_inputs(job: Job) -> None:
             raise ValueError(f"{key}={name} is neither an earlier stage nor a folder")
         kind = read_model_type(name)
         if stage.kind == "convert" and kind == "qwen3_vl":
-            from nemo_bard.export import weight_files
+            from nemo_bard.checkpoint import weight_files
 
             weight_files(Path(name))
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.export import link_or_copy, read_header, write_whole
+from nemo_bard.checkpoint import link_or_copy, read_header, write_whole
 from nemo_bard.pipeline.plan import OWN_KEYS, RUN_DIR, Job, Stage
 from nemo_bard.recipe_file import translate
 

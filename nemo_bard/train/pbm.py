@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -27,7 +28,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, ChunkLoss, chunked_loss
+from nemo_bard.adapters import CONFIG_OVERRIDES, merge
+from nemo_bard.chunked import ChunkLoss, chunked_loss
 from nemo_bard.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.configuration import BardVLConfig, check_mask_token_id
 from nemo_bard.layout import PADDING
@@ -35,8 +37,10 @@ from nemo_bard.lengths import last_line_of_worker_error
 from nemo_bard.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model import BardVLForConditionalGeneration
 from nemo_bard.packing import PackedDataset, pack_dataset
+from nemo_bard.plan import peak_flops
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
+from nemo_bard.train.flops import batch_flops
 from nemo_bard.train.joint import JointLoss, next_tokens, weigh_next_tokens
 from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
 from nemo_bard.train.packed_loader import PackedDataloaderConfig
@@ -45,6 +49,8 @@ from nemo_bard.train.recipe_config import (
     NoiseSettings,
     check_ar_loss,
     check_batch_sizes,
+    level_name,
+    split_levels,
     validate_recipe,
 )
 
@@ -144,12 +150,13 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.noise = NoiseSettings.from_dict({key: value for key, value in noise.items() if key != "schedule"})
         self.ar_loss_weight = float(self.cfg.get("ar_loss_weight", 0.0))
         self.joint_parts: list[Tensor] = []
-        validation = _section(self.cfg, "validation_noise")
+        self.validation_levels, validation = split_levels(_section(self.cfg, "validation_noise"))
+        self.validation_losses: dict[str, float] = {}
         self.validation_noise = NoiseSettings.from_dict(
             {"name": self.noise.name, "num_random_ids": self.noise.num_random_ids} if validation is None else validation
         )
         self.seed = int(self.cfg.get("seed", 42))
-        self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS)
+        self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", None)
         self._fill_defaults()
         self.packing = _section(self.cfg, "packing") or {}
         if self.packing.get("max_length") is not None:
@@ -172,6 +179,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
             self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn, self.validation_noise)
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
+        if self.peft_config is not None:
+            self._export_merged()
 
     def _complete(
         self, collate: partial, noise: NoiseSettings, *, packed: bool = False
@@ -243,6 +252,8 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 f"loss_fn of this recipe must be a nemo_bard.losses.{self.loss_class.__name__}, got"
                 f" {type(self.loss_fn).__name__}"
             )
+        if hasattr(model.lm_head, "lora_A"):
+            raise ValueError("peft puts an adapter on lm_head, which this recipe does not support; exclude lm_head")
         _check_processor(self.processor)
         check_ar_loss(self.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
@@ -256,6 +267,36 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 "packed rows" if isinstance(self.dataloader.dataset, PackedDataset) else "samples",
                 batch,
             )
+
+    def load_checkpoint(self, restore_from: str | None = None) -> None:
+        """Load as upstream does; a checkpoint of the last step of an epoch goes on with the next epoch.
+
+        Upstream (0.7.0) stores the epoch that has ended, and where its last step had fewer microbatches than the others,
+        the epoch would be run again.
+        """
+        super().load_checkpoint(restore_from)
+        scheduler = self.step_scheduler
+        if scheduler.epoch_len is not None and scheduler.step // scheduler.epoch_len > scheduler.epoch:
+            scheduler.epoch = scheduler.step // scheduler.epoch_len
+            self.dataloader.next_iter_state = None  # of the epoch that has ended
+
+    def _export_merged(self) -> None:
+        """Write LoRA checkpoints merged into their base, where and when other runs write their Hugging Face folder."""
+        lifecycle, publish = self.checkpointer.lifecycle, self.checkpointer.lifecycle.publish
+        mode, config = str(self.checkpointer.config.save_consolidated.value), self._model_config
+        overrides = {key: getattr(config, key) for key in CONFIG_OVERRIDES}
+        base = Path(self.cfg.get("model.pretrained_model_name_or_path"))
+
+        def merge_and_publish(path: str, **kwargs: Any) -> None:  # noqa: ANN401
+            folder = Path(path) / "model"
+            if mode == "every" or (mode == "final" and self.step_scheduler.is_last_step):
+                lifecycle.run_coordinator_step(
+                    lambda: merge(folder, folder / "consolidated", base=base, overrides=overrides),
+                    description=f"merge the adapters in {folder}",
+                )
+            publish(path, **kwargs)
+
+        lifecycle.publish = merge_and_publish
 
     @property
     def _model_config(self) -> BardVLConfig:
@@ -311,6 +352,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
             tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
+            **self._utilisation(batches, max(self.timestamp - started, 1e-9)),
         )
         if len(self.noise_schedule.phases) > 1:
             levels = noise.levels()
@@ -344,6 +386,20 @@ class PBMRecipe(FinetuneRecipeForVLM):
             )
         self.noise_phase = number
         return noise
+
+    def _utilisation(self, batches: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+        """TFLOP/s of each GPU, recomputation and row padding not counted, and their part of its peak where that is known."""
+        flops = torch.tensor(self._step_flops(batches), dtype=torch.float64)
+        per_gpu = self._dp_allreduce(flops).item() / self.dist_env.world_size / seconds
+        on_gpu = self.dist_env.device.type == "cuda"
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        peak = peak_flops(torch.cuda.get_device_name(self.dist_env.device), dtype) if on_gpu else None
+        return {"tflops_per_gpu": per_gpu / 1e12, **({"mfu": per_gpu / peak} if peak else {})}
+
+    def _step_flops(self, batches: list[dict[str, Any]]) -> float:
+        """FLOPs of this rank's microbatches; adapters need no gradient of the weights."""
+        forward = batch_flops(self._model_config, batches).forward
+        return (3 if self.peft_config is None else 2) * forward
 
     def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
         """Add ``output_positions`` and ``output_weight`` to a corrupted microbatch, and what its context predicts."""
@@ -461,8 +517,41 @@ class PBMRecipe(FinetuneRecipeForVLM):
         }
 
     # ------------------ validation ------------------
-    @torch.no_grad()
     def _run_validation_epoch(self, val_dataloader: DataLoader) -> MetricsSample:
+        """Validate; with ``validation_noise.levels`` once at each of them, and ``val_loss`` is their mean."""
+        if not self.validation_levels:
+            return self._validate(val_dataloader, self.validation_noise)
+        samples = [self._validate(val_dataloader, noise) for noise in self.validation_levels]
+        metrics = dict(samples[0].metrics)
+        for key in metrics:
+            if key.startswith("val_"):
+                metrics[key] = statistics.fmean(sample.metrics[key] for sample in samples)
+        metrics["num_label_tokens"] = sum(sample.metrics["num_label_tokens"] for sample in samples)
+        for noise, sample in zip(self.validation_levels, samples, strict=True):
+            metrics[level_name(noise.low)] = sample.metrics["val_loss"]
+        return MetricsSample(step=samples[0].step, epoch=samples[0].epoch, metrics=metrics)
+
+    def log_val_metrics(self, log_data: MetricsSample) -> None:
+        """Log as upstream does, and keep the losses for the next checkpoint."""
+        self.validation_losses = {key: value for key, value in log_data.metrics.items() if key.startswith("val_")}
+        super().log_val_metrics(log_data)
+
+    def save_checkpoint(
+        self,
+        epoch: int,
+        step: int,
+        train_loss: float,
+        val_loss: dict[str, float] | None = None,
+        best_metric_key: str = "default",
+    ) -> None:
+        """Save as upstream does, which knows ``val_loss`` alone, with all losses of this step's validation."""
+        if val_loss:
+            val_loss = self.validation_losses
+            best_metric_key = "val_loss" if best_metric_key == "default" else best_metric_key
+        super().save_checkpoint(epoch, step, train_loss, val_loss, best_metric_key)
+
+    @torch.no_grad()
+    def _validate(self, val_dataloader: DataLoader, noise: NoiseSettings) -> MetricsSample:
         """Loss over the validation set, with noise that depends on the sample alone.
 
         It is drawn with a fixed seed and epoch and from ``validation_noise`` (by default the whole range of levels,
@@ -476,7 +565,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.joint_parts.clear()
         for index, collated in enumerate(val_dataloader):
             batch = self._without_repeats(collated, val_dataloader, index)
-            batch = corrupt_batch(batch, self.validation_noise, context)
+            batch = corrupt_batch(batch, noise, context)
             seen = StepTotals(*(a + b for a, b in zip(seen, count([batch]), strict=True)))
             self._forward_backward_step(
                 0,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS, check_chunk_tokens
+from nemo_bard.chunked import check_chunk_tokens
 from nemo_bard.noise import NoiseLevels, make_noise
 
 RECIPE_KEYS = (
@@ -51,6 +51,14 @@ SECTION_KEYS = {
     ),
     "clip_grad_norm": ("max_norm", "backend"),
     "packing": ("max_length", "cache_dir"),
+    "freeze_config": (
+        "freeze_modules", "unfreeze_modules", "freeze_vision_tower", "freeze_audio_tower", "freeze_language_model",
+        "freeze_video_embedder",
+    ),
+    "peft": (
+        "_target_", "target_modules", "exclude_modules", "match_all_linear", "dim", "alpha", "use_dora", "dropout",
+        "dropout_position", "lora_A_init", "lora_dtype", "use_memory_efficient_lora", "use_triton",
+    ),
     "checkpoint": (
         "enabled", "checkpoint_dir", "restore_from", "best_metric_key", "model_save_format", "model_cache_dir",
         "model_repo_id", "save_consolidated", "is_peft", "model_state_dict_keys", "is_async", "wait_for_staging",
@@ -264,6 +272,8 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     Raises:
         ValueError: One line that names the key, its value, and what is allowed.
     """
+    if "ema" in raw:
+        raise ValueError("ema: NeMo AutoModel 0.7.0 has no average of weights in its VLM recipe; remove the key")
     check_keys("", raw, [*RECIPE_KEYS, *(ANCHOR_KEYS if with_anchor else ())])
     for key in [*REQUIRED_KEYS, *(["anchor"] if with_anchor else [])]:
         if not isinstance(raw.get(key), Mapping):
@@ -281,7 +291,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     _check_packing(raw)
     _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
-    check_chunk_tokens(raw.get("loss_chunk_tokens", DEFAULT_CHUNK_TOKENS))
+    check_chunk_tokens(raw.get("loss_chunk_tokens"))
     seed = raw.get("seed", 42)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed!r}")
@@ -301,6 +311,9 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
         if raw.get(name.replace("dataloader", "dataset")) is not None:
             _check_collator(name, raw.get(name) or {})
     _check_noise(raw)
+    _check_freeze(raw.get("freeze_config"))
+    _check_peft(raw)
+    _check_best_metric(raw, with_anchor)
 
 
 def _check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
@@ -489,7 +502,8 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
     names = {"noise.name": base.name}
     names.update({f"noise.schedule[{i}].name": phase.settings.name for i, phase in enumerate(schedule.phases)})
     if raw.get("validation_noise") is not None:
-        validation = NoiseSettings.from_dict(raw["validation_noise"], section="validation_noise")
+        _, rest = split_levels(raw["validation_noise"])
+        validation = NoiseSettings.from_dict(rest, section="validation_noise")
         names["validation_noise.name"] = validation.name
     loss = raw["loss_fn"].get("_target_")
     if not loss:
@@ -503,6 +517,89 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
                 f"loss_fn {loss.__name__} needs {key}: uniform (its formula holds on the path from uniform noise),"
                 f" got {name!r}"
             )
+
+
+def split_levels(section: Mapping[str, Any] | None) -> tuple[list[NoiseSettings], dict[str, Any] | None]:
+    """Take ``levels`` out of a ``validation_noise`` section.
+
+    Returns:
+        Settings of each level (none if there are no levels), and the section without ``levels``.
+
+    Raises:
+        ValueError: For levels outside (0, 1], or a section that is not as it must be.
+    """
+    if section is None:
+        return [], None
+    rest = {key: value for key, value in section.items() if key != "levels"}
+    NoiseSettings.from_dict(rest, section="validation_noise")
+    levels = section.get("levels")
+    if levels is None:
+        return [], rest
+    good = isinstance(levels, (list, tuple)) and levels and all(_is_level(t) for t in levels)
+    if not good or len(set(levels)) != len(levels):
+        raise ValueError(f"validation_noise.levels must be a list of different numbers in (0, 1], got {levels!r}")
+    for key in ("low", "high"):
+        if key in rest:
+            raise ValueError(f"validation_noise.{key}={rest[key]!r} and validation_noise.levels exclude each other")
+    return [NoiseSettings.from_dict({**rest, "low": t, "high": t}, section="validation_noise") for t in levels], rest
+
+
+def level_name(t: float) -> str:
+    """Return the name of the validation loss at noise level ``t``."""
+    return f"val_loss_t{t:g}"
+
+
+def _is_level(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _check_freeze(section: object) -> None:
+    """Upstream freezes the vision tower whenever the section names neither it nor modules."""
+    if section is None:
+        return
+    if not any(section.get(key) is not None for key in ("freeze_modules", "unfreeze_modules", "freeze_vision_tower")):
+        raise ValueError(
+            "freeze_config must say freeze_vision_tower: true or false, or list freeze_modules; without them the vision"
+            f" tower would be frozen, got {dict(section)!r}"
+        )
+
+
+def _check_peft(raw: Mapping[str, Any]) -> None:
+    """Only adapters that ``nemo_bard.adapters.merge`` can add to their weights."""
+    section = raw.get("peft")
+    if section is None:
+        return
+    if not section.get("_target_"):
+        raise ValueError("peft must have _target_, such as nemo_automodel.components._peft.lora.PeftConfig")
+    if section.get("match_all_linear"):
+        raise ValueError(
+            "peft.match_all_linear would put an adapter on lm_head, which this recipe does not support; use"
+            " peft.exclude_modules: [lm_head] for all other linear layers"
+        )
+    if section.get("use_dora"):
+        raise ValueError("peft.use_dora: adapters of this kind cannot be merged; remove it")
+    for key in ("dim", "alpha"):
+        if section.get(key) is not None:
+            _check_count(f"peft.{key}", section[key])
+    if (raw.get("checkpoint") or {}).get("is_async"):
+        raise ValueError("checkpoint.is_async must be false with peft: adapters are merged before a checkpoint counts")
+    for key in ("text_config", "vision_config", "tie_word_embeddings"):
+        if raw["model"].get(key) is not None:
+            raise ValueError(f"model.{key} cannot be changed with peft; make it part of the checkpoint's config.json")
+    folder = raw["model"].get("pretrained_model_name_or_path")
+    if not Path(folder).is_dir():
+        raise ValueError(f"model.pretrained_model_name_or_path must be a folder with peft, got {folder!r}")
+
+
+def _check_best_metric(raw: Mapping[str, Any], with_anchor: bool) -> None:
+    name = (raw.get("checkpoint") or {}).get("best_metric_key")
+    if name is None:
+        return
+    levels, _ = split_levels(raw.get("validation_noise"))
+    allowed = ["default", "val_loss", *(level_name(level.low) for level in levels)]
+    allowed += ["val_ce_loss", "val_kd_loss"] if with_anchor else []
+    allowed += ["val_diffusion_loss", "val_ar_loss"] if raw.get("ar_loss_weight") else []
+    _check_choice("checkpoint.best_metric_key", name, allowed)
 
 
 def _resolve(key: str, dotted: str) -> Any:  # noqa: ANN401

@@ -27,6 +27,7 @@ from nemo_bard.configuration import BardVLConfig
 from nemo_bard.layout import PADDING, check_anchor_block_size
 from nemo_bard.losses import DistillationLoss
 from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.train.flops import batch_flops
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, run_main
 from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
 
@@ -197,14 +198,18 @@ class SWDRecipe(PBMRecipe):
         log_data.metrics.update(ce_loss=ce, kd_loss=kd)
         return log_data
 
-    def _run_validation_epoch(self, val_dataloader: DataLoader) -> MetricsSample:
+    def _validate(self, val_dataloader: DataLoader, noise: NoiseSettings) -> MetricsSample:
         """PBM's, with the parts of the loss."""
         self.parts.clear()
-        log_data = super()._run_validation_epoch(val_dataloader)
+        log_data = super()._validate(val_dataloader, noise)
         tokens = max(log_data.metrics["num_label_tokens"], 1)
         ce, kd = self._reduce_parts()
         log_data.metrics.update(val_ce_loss=ce / tokens, val_kd_loss=kd / tokens)
         return log_data
+
+    def _step_flops(self, batches: list[dict[str, Any]]) -> float:
+        """The student's FLOPs, and one forward of the anchor."""
+        return super()._step_flops(batches) + batch_flops(self.anchor.config, batches).forward
 
     def _reduce_parts(self) -> list[float]:
         """Cross-entropy and distillation, summed over microbatches and ranks."""

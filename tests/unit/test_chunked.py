@@ -159,7 +159,7 @@ def test_second_backward_is_refused():
 
 def test_bad_settings():
     hidden, weight, *_ = inputs()
-    for value in (0, -1, 2.0, True, None):
+    for value in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="loss_chunk_tokens must be an integer >= 1"):
             chunked_loss(hidden, weight, lambda logits, part: logits.sum(), chunk_tokens=value)
     for k in (0, VOCABULARY + 1):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nemo_bard.checkpoint import link_or_copy
 from nemo_bard.cli import main
 from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
-from nemo_bard.export import choose_mask_token_id, convert, link_or_copy, spell_rope_twice
+from nemo_bard.export import choose_mask_token_id, convert, spell_rope_twice
 from nemo_bard.tiny import make_tokenizer
 
 ROWS_LEFT = 10
@@ -107,7 +108,7 @@ def test_copies_shards_where_links_are_impossible(source, tmp_path, monkeypatch)
         raise OSError(18, "Invalid cross-device link")
 
     shards = shard(source)
-    monkeypatch.setattr("nemo_bard.export.os.link", refuse)
+    monkeypatch.setattr("nemo_bard.checkpoint.os.link", refuse)
     report = convert(source, tmp_path / "bard")
     assert (report.linked, report.copied) == (0, 2)
     for name in [*shards, "model.safetensors.index.json"]:

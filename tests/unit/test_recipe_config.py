@@ -14,6 +14,8 @@ from nemo_bard.paths import recipes_dir
 from nemo_bard.train import recipe_config
 from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
 
+LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
+
 
 @pytest.fixture
 def raw(tmp_path):
@@ -38,6 +40,17 @@ def changed(raw, dotted, value):
     else:
         node[leaf] = value
     return raw
+
+
+def test_adapters_frozen_modules_and_levels_are_accepted(raw):
+    raw = changed(raw, "freeze_config", {"freeze_modules": [{"glob": "model.visual.*"}]})
+    raw = changed(raw, "validation_noise", {"levels": [0.25, 1]})
+    validate_recipe(changed(raw, "checkpoint.best_metric_key", "val_loss_t0.25"))
+    validate_recipe(changed(raw, "peft", LORA))
+    with pytest.raises(ValueError, match="checkpoint.is_async must be false with peft"):
+        validate_recipe(changed(changed(raw, "peft", LORA), "checkpoint.is_async", True))
+    with pytest.raises(ValueError, match="model.text_config cannot be changed with peft"):
+        validate_recipe(changed(changed(raw, "peft", LORA), "model.text_config", {"num_hidden_layers": 2}))
 
 
 def test_shipped_recipe_is_accepted(raw):
@@ -74,7 +87,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("distributed.pp_size", 2, "distributed.pp_size must be 1"),
         ("dist_env.backend", "mpi", "dist_env.backend must be one of auto, nccl, gloo, got 'mpi'"),
         ("compute_dtype", "float16", "compute_dtype must be one of"),
-        ("loss_chunk_tokens", 0, "loss_chunk_tokens must be an integer >= 1, got 0"),
+        ("loss_chunk_tokens", 0, "loss_chunk_tokens must be an integer >= 1 or null, got 0"),
         ("step_scheduler.local_batch_size", 3, "global_batch_size=256 must be divisible by"),
         ("step_scheduler.global_batch_size", 0, "global_batch_size must be an integer >= 1"),
         ("step_scheduler.max_steps", None, "set step_scheduler.max_steps or step_scheduler.num_epochs"),
@@ -102,6 +115,20 @@ def test_shipped_recipe_is_accepted(raw):
         ("ar_loss_weight", 0.5, "ar_loss_weight=0.5 needs a model with context_attention: causal"),
         ("seed", "abc", "seed must be an integer, got 'abc'"),
         ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
+        ("ema", {"decay": 0.999}, "ema: NeMo AutoModel 0.7.0 has no average of weights"),
+        ("freeze_config", {}, "freeze_config must say freeze_vision_tower: true or false"),
+        ("freeze_config", {"freeze_language_model": True}, "freeze_config must say freeze_vision_tower"),
+        ("freeze_config", {"freeze_vision": True}, "did you mean freeze_config.freeze_vision_tower?"),
+        ("peft", {"dim": 8}, "peft must have _target_"),
+        ("peft", {**LORA, "dims": 8}, "did you mean peft.dim?"),
+        ("peft", {**LORA, "match_all_linear": True}, "use peft.exclude_modules: [lm_head]"),
+        ("peft", {**LORA, "use_dora": True}, "peft.use_dora: adapters of this kind cannot be merged"),
+        ("peft", {**LORA, "dim": 0}, "peft.dim must be an integer >= 1, got 0"),
+        ("validation_noise", {"levels": [0.0, 0.5]}, "validation_noise.levels must be a list of different numbers"),
+        ("validation_noise", {"levels": [0.5, 0.5]}, "validation_noise.levels must be a list of different numbers"),
+        ("validation_noise", {"levels": [0.5], "low": 0.1}, "exclude each other"),
+        ("checkpoint.best_metric_key", "val_los", "did you mean 'val_loss'?"),
+        ("checkpoint.best_metric_key", "val_loss_t0.5", "checkpoint.best_metric_key must be one of"),
     ],
 )
 def test_wrong_recipe_is_one_line_that_names_the_key(raw, key, value, message):
@@ -175,11 +202,13 @@ def test_checking_a_recipe_imports_nothing_heavy():
 
 def test_known_keys_are_those_of_the_installed_automodel():
     from nemo_automodel import NeMoAutoModelForImageTextToText
+    from nemo_automodel.components._peft.lora import PeftConfig
     from nemo_automodel.components.checkpoint.config import CheckpointingConfig
     from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
     from nemo_automodel.components.distributed.config import FSDP2Config
     from nemo_automodel.components.optim.optimizer import LRSchedulerConfig
     from nemo_automodel.components.training.step_scheduler import StepSchedulerConfig
+    from nemo_automodel.components.utils.model_utils import FreezeConfig
 
     known = recipe_config.SECTION_KEYS
 
@@ -189,6 +218,9 @@ def test_known_keys_are_those_of_the_installed_automodel():
     assert set(known["step_scheduler"]) == fields(StepSchedulerConfig) | {"local_batch_size"}
     assert set(known["lr_scheduler"]) == fields(LRSchedulerConfig) | {"_target_"}
     assert set(known["checkpoint"]) == fields(CheckpointingConfig) | {"restore_from"}
+    assert set(known["freeze_config"]) == fields(FreezeConfig)
+    unknown = {"moe_rank_scaling", "expert_weight_format"}  # of mixtures of experts
+    assert set(known["peft"]) == fields(PeftConfig) - unknown | {"_target_"}
     assert fields(FSDP2Config) <= set(known["distributed"])
     assert set(known["dataloader"]) - {"_target_", "collate_fn"} <= fields(VlmDataloaderConfig)
     accepted = inspect.signature(NeMoAutoModelForImageTextToText.from_pretrained).parameters

@@ -1,0 +1,98 @@
+"""Norm and MLP of the text layers that keep less for the backward pass (torch only).
+
+Written out, as transformers does, RMSNorm keeps its input and the normalised values, and the gated MLP four tensors of the
+intermediate size. What is cheap to compute again from the rest is not kept here: half of a text layer's activations. The
+numbers of the forward pass are the same; gradients differ by rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401
+        """``weight * x / sqrt(mean(x^2) + eps)``; normalised in float32, rounded to the dtype of ``x``."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
+        """With ``n = x * scale``: ``scale * (g - n * mean(g * n))`` for ``x``, where ``g`` is that of ``n``."""
+        x, weight, scale = ctx.saved_tensors
+        normed, x_grad, weight_grad = x.float() * scale, None, None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            wide = (grad * weight).float()
+            x_grad = (wide - normed * (wide * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
+        return x_grad, weight_grad, None
+
+
+class _GatedDown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
+        """``(silu(gate) * up) @ weight.T``."""
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
+        """``silu'(z) = sigmoid(z) * (1 + z * (1 - sigmoid(z)))``."""
+        gate, up, weight = ctx.saved_tensors
+        gate_grad = up_grad = weight_grad = None
+        active = F.silu(gate)
+        if ctx.needs_input_grad[2]:
+            product = (active * up).to(grad.dtype).flatten(0, -2)
+            weight_grad = (grad.flatten(0, -2).T @ product).to(weight.dtype)
+            del product
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            inner = grad @ weight.to(grad.dtype)
+            up_grad = (inner * active).to(up.dtype)
+            del active
+            gate_grad = torch.ops.aten.silu_backward(inner.mul_(up).to(gate.dtype), gate)
+        return gate_grad, up_grad, weight_grad
+
+
+class LeanNorm:
+    """Mixin for transformers' RMSNorm."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the module it is mixed into."""
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states)
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LeanMLP:
+    """Mixin for transformers' gated MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module it is mixed into; so is what adapters or quantization made of its last layer."""
+        if not torch.is_grad_enabled() or type(self.down_proj) is not nn.Linear:
+            return super().forward(x)
+        return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+
+
+def slim(model: nn.Module, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
+    """Give the norms and MLPs in ``model`` the forwards above, in place; parameters and names stay.
+
+    Args:
+        model: Any module.
+        norm: Class of its norms, with ``weight`` and ``variance_epsilon``.
+        mlp: Class of its MLPs, with ``gate_proj``, ``up_proj``, ``down_proj`` without bias, and silu.
+    """
+    lean = {kind: type(kind.__name__, (mixin, kind), {}) for mixin, kind in ((LeanNorm, norm), (LeanMLP, mlp))}
+    for module in model.modules():
+        if type(module) in lean:
+            module.__class__ = lean[type(module)]
