@@ -107,7 +107,7 @@ def known_groups(config_dirs: Iterable[Path]) -> dict[str, list[str]]:
     """Names in each group, the shipped ones first.
 
     Raises:
-        ValueError: If a folder of the user's has a file of the same name as a shipped one, which would never be read.
+        ValueError: If a folder of the user's has another file of the same name as a shipped one, which would never be read.
     """
     groups: dict[str, list[str]] = {}
     where: dict[tuple[str, str], Path] = {}
@@ -116,9 +116,10 @@ def known_groups(config_dirs: Iterable[Path]) -> dict[str, list[str]]:
             group, name = file.parent.name, file.stem
             if root != conf_dir() and group not in groups:
                 continue
-            if (group, name) in where and not where[group, name].samefile(file):
-                raise ValueError(f"{file} has the name of {where[group, name]}, which is read instead; rename it")
-            where[group, name] = file
+            if (shipped := where.setdefault((group, name), file)) != file:
+                if shipped.read_bytes() != file.read_bytes():
+                    raise ValueError(f"{file} differs from {shipped}, which is read instead; rename it")
+                continue  # a checkout as the working directory of an installed package
             groups.setdefault(group, []).append(name)
     return groups
 

@@ -1,6 +1,7 @@
 """From words to a checked chain: composition, final recipes, and everything that is refused before training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,10 @@ def test_own_configuration_folder(tmp_path, monkeypatch):
     assert job("bard_b32", "data=my_data").stage("pbm_b4").recipe["dataset"]["path"] == "mine.jsonl"
     chain = job("bard_b32", "data=their_data", "--config-dir", "other")
     assert chain.stage("pbm_b4").recipe["dataset"]["path"] == "theirs.jsonl"
+    shutil.copytree(conf_dir(), tmp_path / "conf", dirs_exist_ok=True)  # a checkout beside an installed package
+    assert job("bard_b32", "data=my_data").stage("pbm_b4").recipe["dataset"]["path"] == "mine.jsonl"
     (tmp_path / "conf" / "data" / "digits.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"conf/data/digits.yaml has the name of .*; rename it"):
+    with pytest.raises(ValueError, match=r"conf/data/digits.yaml differs from .*digits.yaml, which is read instead"):
         job("bard_b32", "data=my_data")
 
 
