@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from nemo_bard.layout import TokenIds, attention_mask, sample_layout
 from nemo_bard.plan import (
     CHUNK_TOKENS,
     PlanSettings,
+    activation_memory,
     count_parameters,
     make_plan,
+    one_process_peak,
     peak_flops,
     row_tokens,
     training_flops,
@@ -87,6 +90,22 @@ def test_sharding_divides_the_states_and_checkpointing_the_activations():
     dense = make_plan(PlanSettings(model="4b", gpus=64, dense_mask=True))
     assert dense.memory["activations, masks"] == 36 * 8192**2 * 2
     assert CHUNK_TOKENS == DEFAULT_CHUNK_TOKENS
+
+
+def test_the_peak_of_a_process_is_the_measured_one():
+    """``benchmarks/results``: the operating system's account of a step in float32, above that of the imports."""
+    from nemo_bard.chunked import CPU_CHUNK_TOKENS
+
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "train_step_cpu_cpu.json"
+    measured = json.loads(file.read_text())
+    (row,) = [row for row in measured["rows"] if row["path"] == "ours"]
+    config, image = make_config("cpu"), measured["image_tokens"]
+    kept = activation_memory(
+        config, tokens=row["positions"], image_tokens=image, width=4, chunk_tokens=CPU_CHUNK_TOKENS
+    )
+    expected = one_process_peak(count_parameters(config), kept) / 2**20
+    # left out: the mask, the batch, code that is loaded with the first step, and heap that is not given back
+    assert row["peak_above_start_mib"] == pytest.approx(expected, rel=0.1)
 
 
 def test_days_follow_from_the_time_per_step():
