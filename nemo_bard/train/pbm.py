@@ -220,7 +220,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         if self.cfg.get("dist_env.timeout_minutes", None) is None:
             self.cfg.set_by_dotted("dist_env.timeout_minutes", DEFAULT_TIMEOUT_MINUTES)
         if (self.cfg.get("model.attn_implementation", None) or "auto") == "auto":
-            self.cfg.set_by_dotted("model.attn_implementation", "bard" if has_cuda else "sdpa")
+            self.cfg.set_by_dotted("model.attn_implementation", "bard")
         compute = self.cfg.get("compute_dtype", "auto")
         if compute == "auto":
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
