@@ -310,6 +310,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     for name in ("dataloader", "validation_dataloader"):
         if raw.get(name.replace("dataloader", "dataset")) is not None:
             _check_collator(name, raw.get(name) or {})
+            _check_workers(name, raw.get(name) or {})
     _check_noise(raw)
     _check_freeze(raw.get("freeze_config"))
     _check_peft(raw)
@@ -484,6 +485,12 @@ def _check_packing(raw: Mapping[str, Any]) -> None:
         raise ValueError(
             f"packing needs dataloader.collate_fn._target_: nemo_bard.collate.BlockDiffusionCollator, got {collator!r}"
         )
+
+
+def _check_workers(name: str, section: Mapping[str, Any]) -> None:
+    for key in ("persistent_workers", "prefetch_factor"):
+        if section.get(key) and not section.get("num_workers"):
+            raise ValueError(f"{name}.{key}={section[key]} needs {name}.num_workers > 0")
 
 
 def _check_collator(name: str, section: Mapping[str, Any]) -> None:

@@ -85,6 +85,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("distributed.tp_size", 2, "distributed.tp_size must be 1"),
         ("distributed.cp_size", 2, "distributed.cp_size must be 1"),
         ("distributed.pp_size", 2, "distributed.pp_size must be 1"),
+        ("dataloader.persistent_workers", True, "dataloader.persistent_workers=True needs dataloader.num_workers > 0"),
         ("dist_env.backend", "mpi", "dist_env.backend must be one of auto, nccl, gloo, got 'mpi'"),
         ("compute_dtype", "float16", "compute_dtype must be one of"),
         ("loss_chunk_tokens", 0, "loss_chunk_tokens must be an integer >= 1 or null, got 0"),
