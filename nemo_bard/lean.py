@@ -22,7 +22,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        normed = (wide * scale).to(x.dtype)
+        return normed.mul_(weight) if normed.dtype == weight.dtype else weight * normed
 
     @staticmethod
     @once_differentiable
@@ -30,11 +31,13 @@ class _RMSNorm(torch.autograd.Function):
         """With ``n = x * scale``: ``scale * (g - n * mean(g * n))`` for ``x``, where ``g`` is that of ``n``."""
         x, weight, scale = ctx.saved_tensors
         normed, x_grad, weight_grad = x.float() * scale, None, None
+        product = grad.float() * normed
         if ctx.needs_input_grad[1]:
-            weight_grad = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            weight_grad = product.flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            wide = (grad * weight).float()
-            x_grad = (wide - normed * (wide * normed).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
+            mean = product.mul_(weight).mean(-1, keepdim=True)
+            wide = torch.mul(grad, weight, out=product) if grad.dtype == product.dtype else (grad * weight).float()
+            x_grad = wide.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
         return x_grad, weight_grad, None
 
 
@@ -43,7 +46,7 @@ class _GatedDown(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
         """``(silu(gate) * up) @ weight.T``."""
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate) * up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable
@@ -58,9 +61,10 @@ class _GatedDown(torch.autograd.Function):
             del product
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             inner = grad @ weight.to(grad.dtype)
-            up_grad = (inner * active).to(up.dtype)
-            del active
-            gate_grad = torch.ops.aten.silu_backward(inner.mul_(up).to(gate.dtype), gate)
+            same = active.dtype == inner.dtype
+            up_grad = active.mul_(inner) if same else (inner * active).to(up.dtype)
+            inner = inner.mul_(up).to(gate.dtype)
+            gate_grad = torch.ops.aten.silu_backward.grad_input(inner, gate, grad_input=inner)
         return gate_grad, up_grad, weight_grad
 
 

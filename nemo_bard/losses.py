@@ -7,11 +7,12 @@ gradients do not depend on how a global batch is split over ranks and accumulati
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 REDUCTIONS: tuple[str, ...] = ("mean", "sum")
 KD_DIRECTIONS: tuple[str, ...] = ("forward", "reverse")
@@ -62,6 +63,33 @@ def token_scale(
     lengths = torch.bincount(response_ids[inside].flatten(), minlength=1)
     per_token = lengths[response_ids.clamp_min(0)].clamp_min(1).float()
     return inside.float() / per_token / max(int(num_samples), 1)
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+        """``logsumexp(logits) - logits[label]``."""
+        log_z = logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, labels, log_z)
+        return (log_z - logits.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """``g * (softmax(logits) - one_hot(label))``, in one tensor."""
+        logits, labels, log_z = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        logits_grad = (logits - log_z).exp_().mul_(grad)
+        return logits_grad.scatter_add_(-1, labels.unsqueeze(-1), -grad), None
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log softmax(logits)[label]``, ``[K]``, from ``logits`` ``[K, V]`` and ``labels`` ``[K]`` int64.
+
+    Unlike ``torch.nn.functional.cross_entropy`` it keeps no log-probabilities for the backward pass, whose only new
+    tensor of ``[K, V]`` is the gradient. It can be differentiated once, and knows no ignored label.
+    """
+    return _TokenCrossEntropy.apply(logits, labels)
 
 
 class BlockDiffusionLoss(nn.Module):
@@ -115,7 +143,7 @@ class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
     def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
         """``-log p(label)``, ``[K]``."""
         del noisy_ids
-        return F.cross_entropy(logits, labels, reduction="none")
+        return token_cross_entropy(logits, labels)
 
 
 class MixturePathKL(BlockDiffusionLoss):
@@ -246,7 +274,7 @@ class DistillationLoss(nn.Module):
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         weight = weight.to(logits.dtype)
-        ce = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
+        ce = (token_cross_entropy(logits, labels) * weight).sum()
         per_token = top_k_kd(
             logits, anchor_top_logits, anchor_top_ids, temperature=self.kd_temperature, direction=self.kd_direction
         )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_scale, top_k_kd
+from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_cross_entropy, token_scale, top_k_kd
 
 LOSSES = [BlockDiffusionCrossEntropy, MixturePathKL]
 
@@ -204,3 +204,19 @@ class TestTopKKd:
     def test_direction_is_checked(self):
         with pytest.raises(ValueError, match="kd_direction must be one of forward, reverse, got 'both'"):
             top_k_kd(torch.randn(1, 4), torch.randn(1, 2), torch.tensor([[0, 1]]), direction="both")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_token_cross_entropy_is_torchs(dtype):
+    """Values and gradients; large logits must not overflow."""
+    torch.manual_seed(0)
+    logits = (torch.randn(7, 50, dtype=dtype) * 30).requires_grad_()
+    labels, weight = torch.randint(0, 50, (7,)), torch.rand(7, dtype=dtype)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    (grad,) = torch.autograd.grad((expected * weight).sum(), logits)
+    found = token_cross_entropy(logits, labels)
+    (found_grad,) = torch.autograd.grad((found * weight).sum(), logits)
+    # float32: logsumexp of values near 100 has an ulp of 8e-6
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 if dtype is torch.float32 else 1e-12)
+    torch.testing.assert_close(found_grad, grad, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-12)
+    assert torch.autograd.gradcheck(lambda x: token_cross_entropy(x, labels), logits.detach().double().requires_grad_())
