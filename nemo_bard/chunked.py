@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 DEFAULT_CHUNK_TOKENS = 256
 """Tokens whose logits exist at once: with 151,936 ids about 0.45 GiB of float32 for log-probabilities and gradients."""
-CPU_CHUNK_TOKENS = 64
+CPU_CHUNK_TOKENS = 128
 """The same on a CPU, whose matrix products need fewer tokens to be efficient."""
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
@@ -115,8 +115,10 @@ def chunked_top_k(hidden: Tensor, weight: Tensor, *, k: int, chunk_tokens: int |
 
 
 def chunks(length: int, chunk_tokens: int) -> list[slice]:
-    """Consecutive slices of ``chunk_tokens`` tokens (the last may be shorter) that cover ``length``."""
-    return [slice(start, min(start + chunk_tokens, length)) for start in range(0, length, chunk_tokens)]
+    """Consecutive slices of at most ``chunk_tokens`` tokens that cover ``length``, as few and as even as possible."""
+    number = -(-length // chunk_tokens)
+    edges = [length * index // max(number, 1) for index in range(number + 1)]
+    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
