@@ -21,7 +21,10 @@ CPU_CHUNK_TOKENS = 128
 """The same on a CPU, whose matrix products need fewer tokens to be efficient."""
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""``(logits [C, V], which of the K tokens they belong to) -> scalar``; the loss is the sum over all chunks."""
+"""``(logits [C, V], which of the K tokens they belong to) -> scalar``; the loss is the sum over all chunks.
+
+The logits are the loss's own: it may overwrite them, and must not keep them, as the next chunk uses their memory.
+"""
 
 
 class OutputHead(nn.Linear):
@@ -130,6 +133,26 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+class _Sum:
+    """A sum of matrix products ``a.T @ b``, ``[V, H]``; the first is written, not added to zeros."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.total = torch.empty_like(like, dtype=dtype)
+        self.started = False
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if a.dtype == self.total.dtype:
+            self.total.addmm_(a.T, b, beta=int(self.started))
+        elif self.started:
+            self.total += a.T @ b
+        else:
+            self.total.copy_(a.T @ b)
+        self.started = True
+
+    def value(self) -> Tensor:
+        return self.total if self.started else self.total.zero_()
+
+
 class _Logits(torch.autograd.Function):
     """Logits whose gradient is turned into those of the inputs on the spot.
 
@@ -137,24 +160,36 @@ class _Logits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, inputs: Tensor, weight: Tensor, grads: tuple[Tensor | None, ...]) -> Tensor:  # noqa: ANN401
-        """``inputs @ weight.T``; ``start`` makes it differentiable, ``grads`` are ``inputs``' and ``weight``'s."""
+    def forward(  # noqa: D417
+        ctx: Any,  # noqa: ANN401
+        start: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        memory: Tensor,
+        grads: tuple[Tensor | None, _Sum | None],
+    ) -> Tensor:
+        """``inputs @ weight.T`` in ``memory``.
+
+        Args:
+            start: Makes it differentiable.
+            grads: Takes the gradients of ``inputs`` and ``weight``.
+        """
         del start
         ctx.inputs, ctx.weight, ctx.grads = inputs, weight, grads
-        return inputs @ weight.T
+        # Not a slice of it: autograd would take the logits of all chunks for views of one another.
+        logits = memory.new_empty(0).set_(memory.untyped_storage(), 0, (len(inputs), len(weight)))
+        return torch.mm(inputs, weight.T, out=logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logits_grad: Tensor) -> tuple[None, None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, logits_grad: Tensor) -> tuple[None, None, None, None, None]:  # noqa: ANN401
         """Write the gradient of ``inputs``, add to that of ``weight``."""
         inputs_grad, weight_grad = ctx.grads
         if inputs_grad is not None:
             inputs_grad.copy_(logits_grad @ ctx.weight)
-        if weight_grad is not None and weight_grad.dtype == logits_grad.dtype:
-            weight_grad.addmm_(logits_grad.T, ctx.inputs)
-        elif weight_grad is not None:
-            weight_grad += logits_grad.T @ ctx.inputs
-        return None, None, None, None
+        if weight_grad is not None:
+            weight_grad.add(logits_grad, ctx.inputs)
+        return None, None, None, None, None
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -166,21 +201,23 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dtype, sum_dtype = _compute_dtype(weight), _sum_dtype(weight)
         dense = weight.detach().to(dtype)
+        parts = chunks(len(hidden), chunk_tokens)
         # The products of a chunk: autocast would cast (and keep) the weight again for each of them.
         with torch.autocast(weight.device.type, enabled=False):
             hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
-            weight_grad = torch.zeros_like(dense, dtype=sum_dtype) if needs_weight else None
+            weight_grad = _Sum(dense, sum_dtype) if needs_weight else None
             total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
             start = torch.zeros((), device=hidden.device, requires_grad=True)
-            for part in chunks(len(hidden), chunk_tokens):
+            memory = dense.new_empty(max((part.stop - part.start for part in parts), default=0), len(dense))
+            for part in parts:
                 inputs = hidden[part].detach().to(dtype)
                 grads = (None if hidden_grad is None else hidden_grad[part], weight_grad)
                 with torch.enable_grad():
-                    value = loss(_Logits.apply(start, inputs, dense, grads), part)
+                    value = loss(_Logits.apply(start, inputs, dense, memory, grads), part)
                 torch.autograd.grad(value, start, allow_unused=True)
                 total += value.detach()
                 del value
-        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.grads = (hidden_grad, None if weight_grad is None else weight_grad.value().to(weight.dtype))
         return total
 
     @staticmethod

@@ -54,13 +54,15 @@ class _GatedDown(torch.autograd.Function):
         """``silu'(z) = sigmoid(z) * (1 + z * (1 - sigmoid(z)))``."""
         gate, up, weight = ctx.saved_tensors
         gate_grad = up_grad = weight_grad = None
-        active = F.silu(gate)
+        active, rows = F.silu(gate), grad.flatten(0, -2)
+        inner = active * up
         if ctx.needs_input_grad[2]:
-            product = (active * up).to(grad.dtype).flatten(0, -2)
-            weight_grad = (grad.flatten(0, -2).T @ product).to(weight.dtype)
-            del product
+            weight_grad = (rows.T @ inner.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            inner = grad @ weight.to(grad.dtype)
+            if inner.dtype == grad.dtype == weight.dtype:
+                torch.mm(rows, weight, out=inner.view(rows.shape[0], -1))
+            else:
+                inner = grad @ weight.to(grad.dtype)
             same = active.dtype == inner.dtype
             up_grad = active.mul_(inner) if same else (inner * active).to(up.dtype)
             inner = inner.mul_(up).to(gate.dtype)

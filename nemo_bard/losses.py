@@ -67,35 +67,48 @@ def token_scale(
 
 class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:  # noqa: ANN401
         """``logsumexp(logits) - logits[label]``."""
-        log_z = logits.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(logits, labels, log_z)
-        return (log_z - logits.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
+        labels = labels.unsqueeze(-1)
+        own = logits.gather(-1, labels)
+        top = logits.amax(-1, keepdim=True)
+        values = logits.detach().sub_(top) if overwrite else logits - top
+        total = values.exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(values, labels, total)
+        ctx.overwrite, ctx.done = overwrite, False
+        return (top + total.log() - own).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        """``g * (softmax(logits) - one_hot(label))``, in one tensor."""
-        logits, labels, log_z = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        """``g * (softmax(logits) - one_hot(label))``; with ``overwrite`` in the tensor that forward kept."""
+        if ctx.done:
+            raise RuntimeError("with overwrite, token_cross_entropy can be differentiated only once")
+        ctx.done = ctx.overwrite
+        values, labels, total = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        logits_grad = (logits - log_z).exp_().mul_(grad)
-        return logits_grad.scatter_add_(-1, labels.unsqueeze(-1), -grad), None
+        values = values.mul_(grad / total) if ctx.overwrite else values * (grad / total)
+        return values.scatter_add_(-1, labels, -grad), None, None
 
 
-def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-log softmax(logits)[label]``, ``[K]``, from ``logits`` ``[K, V]`` and ``labels`` ``[K]`` int64.
+def token_cross_entropy(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> Tensor:
+    """``-log softmax(logits)[label]``, ``[K]``; no label is ignored.
 
-    Unlike ``torch.nn.functional.cross_entropy`` it keeps no log-probabilities for the backward pass, whose only new
-    tensor of ``[K, V]`` is the gradient. It can be differentiated once, and knows no ignored label.
+    Args:
+        logits: ``[K, V]``, float32 or float64.
+        labels: ``[K]`` int64.
+        overwrite: Compute loss and gradient in the memory of ``logits``, which nobody may need any more; the loss can
+            then be differentiated once.
     """
-    return _TokenCrossEntropy.apply(logits, labels)
+    return _TokenCrossEntropy.apply(logits, labels, overwrite)
 
 
 class BlockDiffusionLoss(nn.Module):
     """Base: a per-token loss, weighted and summed. Any AutoModel YAML can name a subclass as ``loss_fn``."""
 
     needs_noisy_ids: ClassVar[bool] = False
+    can_overwrite: ClassVar[bool] = False
+    """Whether ``forward`` knows ``overwrite=True``: compute in the memory of the logits, which nobody needs any more."""
 
     def __init__(self, reduction: str = "mean") -> None:
         """Create the loss.
@@ -140,10 +153,27 @@ class BlockDiffusionLoss(nn.Module):
 class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
     """Cross-entropy of the clean token, weighted ``1 / t`` (MDLM, arXiv 2406.07524; BARD, arXiv 2604.16514)."""
 
+    can_overwrite = True
+
     def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
         """``-log p(label)``, ``[K]``."""
         del noisy_ids
         return token_cross_entropy(logits, labels)
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        weight: Tensor,
+        noisy_ids: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """As the base class; with ``overwrite`` in the memory of ``logits``, which nobody may need any more."""
+        if not overwrite:
+            return super().forward(logits, labels, weight=weight, noisy_ids=noisy_ids)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (token_cross_entropy(logits, labels, overwrite=True) * weight.to(logits.dtype)).sum()
 
 
 class MixturePathKL(BlockDiffusionLoss):

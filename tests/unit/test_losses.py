@@ -220,3 +220,33 @@ def test_token_cross_entropy_is_torchs(dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 if dtype is torch.float32 else 1e-12)
     torch.testing.assert_close(found_grad, grad, rtol=1e-5, atol=1e-5 if dtype is torch.float32 else 1e-12)
     assert torch.autograd.gradcheck(lambda x: token_cross_entropy(x, labels), logits.detach().double().requires_grad_())
+
+
+def test_overwriting_gives_the_same_and_uses_the_logits_memory():
+    torch.manual_seed(0)
+    logits, labels, weight = torch.randn(7, 50), torch.randint(0, 50, (7,)), torch.rand(7)
+    loss = BlockDiffusionCrossEntropy()
+    results = []
+    for overwrite in (False, True):
+        leaf = logits.clone().requires_grad_()
+        own = leaf * 1
+        before = own.detach().clone()
+        value = loss(own, labels, weight=weight, overwrite=overwrite)
+        assert torch.equal(own, before) is not overwrite
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    # half precision: the copy in float32 is overwritten, the logits stay
+    half = logits.bfloat16().requires_grad_()
+    value = loss(half, labels, weight=weight, overwrite=True)
+    (grad,) = torch.autograd.grad(value, half)
+    assert torch.equal(half, logits.bfloat16())
+    assert grad.dtype == torch.bfloat16
+
+
+def test_overwritten_logits_refuse_a_second_backward():
+    logits = torch.randn(3, 5, requires_grad=True)
+    value = token_cross_entropy(logits * 1, torch.tensor([0, 1, 2]), overwrite=True).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        value.backward()
