@@ -107,8 +107,6 @@ class BlockDiffusionLoss(nn.Module):
     """Base: a per-token loss, weighted and summed. Any AutoModel YAML can name a subclass as ``loss_fn``."""
 
     needs_noisy_ids: ClassVar[bool] = False
-    can_overwrite: ClassVar[bool] = False
-    """Whether ``forward`` knows ``overwrite=True``: compute in the memory of the logits, which nobody needs any more."""
 
     def __init__(self, reduction: str = "mean") -> None:
         """Create the loss.
@@ -127,38 +125,9 @@ class BlockDiffusionLoss(nn.Module):
         """Return the unweighted loss of each token, ``[K]`` float32 (or float64), from ``logits`` ``[K, V]``."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        weight: Tensor,
-        noisy_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Weighted sum over tokens.
-
-        Args:
-            logits: Logits at the supervised tokens, ``[K, V]``; computed in at least float32.
-            labels: Clean ids, ``[K]`` int64.
-            weight: ``token_scale * loss_weight``, ``[K]``.
-            noisy_ids: Ids the model saw, ``[K]`` int64; needed by ``MixturePathKL``.
-
-        Returns:
-            Scalar; a zero connected to ``logits`` when ``K`` is 0.
-        """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return (self.per_token(logits, labels, noisy_ids) * weight.to(logits.dtype)).sum()
-
-
-class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
-    """Cross-entropy of the clean token, weighted ``1 / t`` (MDLM, arXiv 2406.07524; BARD, arXiv 2604.16514)."""
-
-    can_overwrite = True
-
-    def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
-        """``-log p(label)``, ``[K]``."""
-        del noisy_ids
-        return token_cross_entropy(logits, labels)
+    def per_token_overwriting(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """As ``per_token``, and may compute in the memory of ``logits``; by default it does not."""
+        return self.per_token(logits, labels, noisy_ids)
 
     def forward(
         self,
@@ -169,11 +138,35 @@ class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
         noisy_ids: Tensor | None = None,
         overwrite: bool = False,
     ) -> Tensor:
-        """As the base class; with ``overwrite`` in the memory of ``logits``, which nobody may need any more."""
-        if not overwrite:
-            return super().forward(logits, labels, weight=weight, noisy_ids=noisy_ids)
+        """Weighted sum over tokens.
+
+        Args:
+            logits: Logits at the supervised tokens, ``[K, V]``; computed in at least float32.
+            labels: Clean ids, ``[K]`` int64.
+            weight: ``token_scale * loss_weight``, ``[K]``.
+            noisy_ids: Ids the model saw, ``[K]`` int64; needed by ``MixturePathKL``.
+            overwrite: Nobody needs ``logits`` any more: the loss may compute in their memory.
+
+        Returns:
+            Scalar; a zero connected to ``logits`` when ``K`` is 0.
+        """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return (token_cross_entropy(logits, labels, overwrite=True) * weight.to(logits.dtype)).sum()
+        per_token = self.per_token_overwriting if overwrite else self.per_token
+        return (per_token(logits, labels, noisy_ids) * weight.to(logits.dtype)).sum()
+
+
+class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
+    """Cross-entropy of the clean token, weighted ``1 / t`` (MDLM, arXiv 2406.07524; BARD, arXiv 2604.16514)."""
+
+    def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """``-log p(label)``, ``[K]``."""
+        del noisy_ids
+        return token_cross_entropy(logits, labels)
+
+    def per_token_overwriting(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
+        """``-log p(label)``, ``[K]``, computed in the memory of ``logits``."""
+        del noisy_ids
+        return token_cross_entropy(logits, labels, overwrite=True)
 
 
 class MixturePathKL(BlockDiffusionLoss):

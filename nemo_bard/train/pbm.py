@@ -494,10 +494,9 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """Loss of a weighed microbatch's noisy tokens, in their order in ``output_positions``."""
         positions, weight = batch["output_positions"], batch["output_weight"]
         labels, noisy_ids = batch["labels"].flatten()[positions], batch["input_ids"].flatten()[positions]
-        options = {"overwrite": True} if self.loss_fn.can_overwrite else {}
 
         def loss(logits: Tensor, part: slice) -> Tensor:
-            return self.loss_fn(logits, labels[part], weight=weight[part], noisy_ids=noisy_ids[part], **options)
+            return self.loss_fn(logits, labels[part], weight=weight[part], noisy_ids=noisy_ids[part], overwrite=True)
 
         return loss
 
