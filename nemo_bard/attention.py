@@ -84,7 +84,12 @@ def bard_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    elif torch.is_grad_enabled() and STRIP_QUERIES < length == key.shape[2] and dropout == 0.0:
+    elif (
+        torch.is_grad_enabled()
+        and attention_mask.dtype == torch.bool
+        and STRIP_QUERIES < length == key.shape[2]
+        and dropout == 0.0
+    ):
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -137,11 +142,11 @@ class _Strip(NamedTuple):
 
 
 def _strips(mask: Tensor, dtype: torch.dtype) -> list[_Strip]:
-    """Cut a mask ``[N, 1, L, L]`` into strips, once for all layers of a forward."""
+    """Cut a bool mask ``[N, 1, L, L]`` into strips, once for all layers of a forward."""
     kept = getattr(mask, "_strips", None)
     if kept is not None and kept[0].mask.dtype == dtype:
         return kept
-    seen = (mask if mask.dtype == torch.bool else mask > float("-inf")).any(0).any(0)
+    seen = mask.any(0).any(0)
     length, strips = len(seen), []
     for start in range(0, length, STRIP_QUERIES):
         rows = slice(start, min(start + STRIP_QUERIES, length))
@@ -149,9 +154,8 @@ def _strips(mask: Tensor, dtype: torch.dtype) -> list[_Strip]:
         edges = torch.diff(some.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().flatten() * STRIP_KEYS
         keys = tuple(slice(a, min(b, length)) for a, b in edges.view(-1, 2).tolist()) or (slice(0, STRIP_KEYS),)
         part = torch.cat([mask[:, :, rows, columns] for columns in keys], 3)
-        if part.dtype == torch.bool:
-            part = torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, float("-inf"))
-        strips.append(_Strip(rows, keys, part))
+        additive = torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, float("-inf"))
+        strips.append(_Strip(rows, keys, additive))
     mask._strips = strips  # lives as long as the mask
     return strips
 

@@ -55,8 +55,9 @@ class _GatedDown(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         gate_grad = up_grad = weight_grad = None
         active, rows = F.silu(gate), grad.flatten(0, -2)
-        inner = active * up
+        inner = torch.empty_like(active)
         if ctx.needs_input_grad[2]:
+            inner = active * up
             weight_grad = (rows.T @ inner.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             if inner.dtype == grad.dtype == weight.dtype:

@@ -65,42 +65,31 @@ def token_scale(
     return inside.float() / per_token / max(int(num_samples), 1)
 
 
-class _TokenCrossEntropy(torch.autograd.Function):
+class _OverwritingCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each token, whose loss and gradient are computed in the memory of the logits."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:  # noqa: ANN401
-        """``logsumexp(logits) - logits[label]``."""
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+        """``logsumexp(logits) - logits[label]``, ``[K]``."""
         labels = labels.unsqueeze(-1)
         own = logits.gather(-1, labels)
         top = logits.amax(-1, keepdim=True)
-        values = logits.detach().sub_(top) if overwrite else logits - top
-        total = values.exp_().sum(-1, keepdim=True)
+        values = logits.detach().sub_(top).exp_()
+        total = values.sum(-1, keepdim=True)
         ctx.save_for_backward(values, labels, total)
-        ctx.overwrite, ctx.done = overwrite, False
+        ctx.done = False
         return (top + total.log() - own).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        """``g * (softmax(logits) - one_hot(label))``; with ``overwrite`` in the tensor that forward kept."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """``g * (softmax(logits) - one_hot(label))``."""
         if ctx.done:
-            raise RuntimeError("with overwrite, token_cross_entropy can be differentiated only once")
-        ctx.done = ctx.overwrite
+            raise RuntimeError("a loss that overwrote its logits can be differentiated only once")
+        ctx.done = True
         values, labels, total = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
-        values = values.mul_(grad / total) if ctx.overwrite else values * (grad / total)
-        return values.scatter_add_(-1, labels, -grad), None, None
-
-
-def token_cross_entropy(logits: Tensor, labels: Tensor, *, overwrite: bool = False) -> Tensor:
-    """``-log softmax(logits)[label]``, ``[K]``; no label is ignored.
-
-    Args:
-        logits: ``[K, V]``, float32 or float64.
-        labels: ``[K]`` int64.
-        overwrite: Compute loss and gradient in the memory of ``logits``, which nobody may need any more; the loss can
-            then be differentiated once.
-    """
-    return _TokenCrossEntropy.apply(logits, labels, overwrite)
+        return values.mul_(grad / total).scatter_add_(-1, labels, -grad), None
 
 
 class BlockDiffusionLoss(nn.Module):
@@ -145,7 +134,7 @@ class BlockDiffusionLoss(nn.Module):
             labels: Clean ids, ``[K]`` int64.
             weight: ``token_scale * loss_weight``, ``[K]``.
             noisy_ids: Ids the model saw, ``[K]`` int64; needed by ``MixturePathKL``.
-            overwrite: Nobody needs ``logits`` any more: the loss may compute in their memory.
+            overwrite: Nobody needs ``logits`` any more: the loss may compute in their memory, and be differentiated once.
 
         Returns:
             Scalar; a zero connected to ``logits`` when ``K`` is 0.
@@ -161,12 +150,12 @@ class BlockDiffusionCrossEntropy(BlockDiffusionLoss):
     def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
         """``-log p(label)``, ``[K]``."""
         del noisy_ids
-        return token_cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="none")
 
     def per_token_overwriting(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
         """``-log p(label)``, ``[K]``, computed in the memory of ``logits``."""
         del noisy_ids
-        return token_cross_entropy(logits, labels, overwrite=True)
+        return _OverwritingCrossEntropy.apply(logits, labels)
 
 
 class MixturePathKL(BlockDiffusionLoss):
@@ -297,7 +286,7 @@ class DistillationLoss(nn.Module):
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         weight = weight.to(logits.dtype)
-        ce = (token_cross_entropy(logits, labels) * weight).sum()
+        ce = (F.cross_entropy(logits, labels, reduction="none") * weight).sum()
         per_token = top_k_kd(
             logits, anchor_top_logits, anchor_top_ids, temperature=self.kd_temperature, direction=self.kd_direction
         )

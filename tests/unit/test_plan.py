@@ -98,14 +98,15 @@ def test_the_peak_of_a_process_is_the_measured_one():
 
     file = Path(__file__).parents[2] / "benchmarks" / "results" / "train_step_cpu_cpu.json"
     measured = json.loads(file.read_text())
-    (row,) = [row for row in measured["rows"] if row["path"] == "ours" and row["length"] == 1538]
+    rows = {row["length"]: row for row in measured["rows"] if row["path"] == "ours"}
     config, image = make_config("cpu"), measured["image_tokens"]
-    kept = activation_memory(
-        config, tokens=row["positions"], image_tokens=image, width=4, chunk_tokens=CPU_CHUNK_TOKENS
-    )
-    expected = one_process_peak(count_parameters(config), kept) / 2**20
-    # left out: the mask, the batch, code that is loaded with the first step, and heap that is not given back
-    assert row["peak_above_start_mib"] == pytest.approx(expected, rel=0.1)
+    for length in (1538, 2050):  # at 1026 the heap keeps more than it uses, see docs/decisions.md
+        kept = activation_memory(
+            config, tokens=rows[length]["positions"], image_tokens=image, width=4, chunk_tokens=CPU_CHUNK_TOKENS
+        )
+        expected = one_process_peak(count_parameters(config), kept) / 2**20
+        # left out: the mask, the batch, code that is loaded with the first step, and heap that is not given back
+        assert rows[length]["peak_above_start_mib"] == pytest.approx(expected, rel=0.1)
 
 
 def test_days_follow_from_the_time_per_step():
