@@ -30,7 +30,7 @@ $(VENV)/.ready: setup.py constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(PYTHON) -m nemo_bard.demo $(DEMO_ARGS)
+	$(PYTHON) -m nemo_bard.cli.demo $(DEMO_ARGS)
 
 test: $(READY)
 	$(PYTHON) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)

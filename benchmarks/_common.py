@@ -121,7 +121,7 @@ def write_results(name: str, output: Path | None, payload: dict[str, Any]) -> Pa
     return path
 
 
-def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: int, seed: int) -> dict[str, Tensor]:  # noqa: ANN401
+def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: int, seed: int) -> dict[str, Tensor]:
     """Random prompts of ``prompt_tokens`` tokens, ``image_tokens`` of them one image each (0 for none).
 
     Args:
@@ -170,12 +170,12 @@ class Forked:
         there.close()
         self._receive()
 
-    def ask(self, message: Any) -> Any:  # noqa: ANN401
+    def ask(self, message: Any) -> Any:
         """Call the function there and return its result; RuntimeError with its traceback if it fails."""
         self.here.send(message)
         return self._receive()
 
-    def _receive(self) -> Any:  # noqa: ANN401
+    def _receive(self) -> Any:
         try:
             error, result = self.here.recv()
         except EOFError:
@@ -194,7 +194,7 @@ class Forked:
         self.here.close()
 
 
-def _serve(pipe: Any, build: Callable[[], Callable[[Any], Any]]) -> None:  # noqa: ANN401
+def _serve(pipe: Any, build: Callable[[], Callable[[Any], Any]]) -> None:
     try:
         function = build()
         pipe.send((None, None))

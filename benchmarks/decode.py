@@ -25,7 +25,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.shapes import SHAPES, make_config
+from nemo_bard.cost.shapes import SHAPES, make_config
 
 COLUMNS = {
     "path": "path|s",

@@ -38,16 +38,16 @@ from _common import (
 from torch import Tensor
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
-from nemo_bard.layout import PADDING, sample_layout
-from nemo_bard.losses import BlockDiffusionCrossEntropy
-from nemo_bard.plan import peak_flops, training_flops
-from nemo_bard.shapes import SHAPES, make_config
+from nemo_bard.cost.estimate import peak_flops, training_flops
+from nemo_bard.cost.shapes import SHAPES, make_config
+from nemo_bard.data.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
+from nemo_bard.method.layout import PADDING, sample_layout
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy
 from nemo_bard.train import cpu_compat
+from nemo_bard.train.config import NoiseSettings
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
 from nemo_bard.train.masks import FLEX_TILE, dense_mask, uses_flex
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
-from nemo_bard.train.recipe_config import NoiseSettings
 
 LOSS_TOLERANCE = 1e-4
 COLUMNS = {

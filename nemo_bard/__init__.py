@@ -6,36 +6,28 @@ when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nemo_bard._registration import install as _install_registration
+from nemo_bard.base import moved
+from nemo_bard.base.lazy import lazy
+from nemo_bard.upstream.transformers import install as _install_registration
 
 if TYPE_CHECKING:
-    from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
-    from nemo_bard.model import BardVLForConditionalGeneration
+    from nemo_bard.generation.settings import BardGenerationConfig
+    from nemo_bard.model.configuration import BardVLConfig
+    from nemo_bard.model.modeling import BardVLForConditionalGeneration
 
 __version__ = "0.1.0"
-
-_LAZY = {
-    "BardVLConfig": "nemo_bard.configuration",
-    "BardGenerationConfig": "nemo_bard.configuration",
-    "BardVLForConditionalGeneration": "nemo_bard.model",
-}
-
 __all__ = ["BardGenerationConfig", "BardVLConfig", "BardVLForConditionalGeneration", "__version__"]
 
+__getattr__, __dir__, _ = lazy(
+    __name__,
+    {
+        "BardGenerationConfig": "generation.settings",
+        "BardVLConfig": "model.configuration",
+        "BardVLForConditionalGeneration": "model.modeling",
+    },
+)
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
-
-
+moved.install()
 _install_registration()

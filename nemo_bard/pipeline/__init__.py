@@ -4,19 +4,6 @@
 is finished, ``training`` and ``evaluation`` do a stage's work, and ``run.Pipeline`` is what a recipe YAML names.
 """
 
-from __future__ import annotations
+from nemo_bard.base.lazy import lazy
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nemo_bard.pipeline.run import Pipeline
-
-__all__ = ["Pipeline"]
-
-
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name == "Pipeline":
-        from nemo_bard.pipeline.run import Pipeline
-
-        return Pipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy(__name__, {"Pipeline": "run"})

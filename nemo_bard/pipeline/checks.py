@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.checkpoint import read_model_type
-from nemo_bard.layout import check_anchor_block_size
+from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.method.layout import check_anchor_block_size
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.evaluation import open_samples
-from nemo_bard.pipeline.plan import ANCHOR_KEY, INIT_KEY, Job, Stage
-from nemo_bard.recipe_file import load_recipe_class, translate
-from nemo_bard.train.recipe_config import check_batch_sizes, validate_recipe
+from nemo_bard.pipeline.job import ANCHOR_KEY, INIT_KEY, Job, Stage
+from nemo_bard.train.config import check_batch_sizes, validate_recipe
+from nemo_bard.train.recipe_file import load_recipe_class, translate
 
 
 def check_chain(job: Job) -> None:
@@ -107,7 +107,7 @@ def check_inputs(job: Job) -> None:
             raise ValueError(f"{key}={name} is neither an earlier stage nor a folder")
         kind = read_model_type(name)
         if stage.kind == "convert" and kind == "qwen3_vl":
-            from nemo_bard.checkpoint import weight_files
+            from nemo_bard.checkpoints.folder import weight_files
 
             weight_files(Path(name))
 

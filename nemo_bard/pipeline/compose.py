@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_bard.paths import conf_dir
-from nemo_bard.recipe_file import read_yaml
-from nemo_bard.train.recipe_config import check_keys
+from nemo_bard.base.paths import conf_dir
+from nemo_bard.train.config import check_keys
+from nemo_bard.train.recipe_file import read_yaml
 
 FILE_KEYS = ("recipe", "pipeline", "overrides", "config_dir")
 FREE = re.compile(r"(overrides|stage\.\w+\.overrides|data\.recipe|model\.recipe|evaluation\.generation)\.")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.checkpoint import read_model_type
+from nemo_bard.checkpoints.folder import read_model_type
 from nemo_bard.pipeline import manifest as files
-from nemo_bard.pipeline.plan import Job, Stage
+from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import Preempted, World
 
 logger = logging.getLogger(__name__)
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 class Share(Sequence):
     """Every ``count``-th sample of a data set; raises ``Preempted`` once a signal has come."""
 
-    def __init__(self, dataset: Any, first: int, count: int, total: int, world: World) -> None:  # noqa: ANN401
+    def __init__(self, dataset: Any, first: int, count: int, total: int, world: World) -> None:
         self._dataset, self._world = dataset, world
         self._indices = range(first, total, count)
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Any:  # noqa: ANN401
+    def __getitem__(self, index: int) -> Any:
         if self._world.stop.received:
             raise Preempted
         return self._dataset[self._indices[index]]
 
 
-def open_samples(job: Job) -> Any:  # noqa: ANN401
+def open_samples(job: Job) -> Any:
     """Open the samples that stages are scored on, or return None if there are none.
 
     Raises:
@@ -41,7 +41,7 @@ def open_samples(job: Job) -> Any:  # noqa: ANN401
     settings = job.evaluation
     if settings["data"] is None:
         return None
-    from nemo_bard.evaluate import load_dataset, resolve_scorer
+    from nemo_bard.evaluation.evaluate import load_dataset, resolve_scorer
 
     dataset = load_dataset(settings["data"], limit=settings["limit"])
     resolve_scorer(settings["scorer"], dataset)
@@ -49,9 +49,9 @@ def open_samples(job: Job) -> Any:  # noqa: ANN401
     return dataset
 
 
-def decoding(folder: Path | None, settings: dict[str, Any]) -> Any:  # noqa: ANN401
+def decoding(folder: Path | None, settings: dict[str, Any]) -> Any:
     """Decoding settings: a folder's own, with those of the pipeline on top."""
-    from nemo_bard.configuration import BardGenerationConfig
+    from nemo_bard.generation.settings import BardGenerationConfig
 
     known = folder is not None and read_model_type(folder) == "bard_vl"
     base = BardGenerationConfig.from_pretrained(folder) if known else BardGenerationConfig()
@@ -99,8 +99,8 @@ def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[st
     """Load the export here and score this rank's samples; None if there are fewer samples than ranks, or a signal."""
     from dataclasses import asdict
 
-    from nemo_bard.evaluate import evaluate, resolve_scorer
-    from nemo_bard.responder import load_checkpoint
+    from nemo_bard.evaluation.evaluate import evaluate, resolve_scorer
+    from nemo_bard.evaluation.responder import load_checkpoint
 
     settings, dataset = job.evaluation, open_samples(job)
     total = len(dataset) if settings["limit"] is None else min(settings["limit"], len(dataset))
@@ -171,7 +171,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw_pictures(job: Job, model: Any, processor: Any, dataset: Any, config: Any) -> None:  # noqa: ANN401
+def draw_pictures(job: Job, model: Any, processor: Any, dataset: Any, config: Any) -> None:
     """Draw the first answers to samples with an image, coloured by denoising step, as ``answers.png``."""
     count = job.evaluation["pictures"]
     shown = [dataset[i] for i in range(min(4 * count, len(dataset)))] if count else []
@@ -179,7 +179,7 @@ def draw_pictures(job: Job, model: Any, processor: Any, dataset: Any, config: An
     if not shown or model.config.model_type != "bard_vl":
         return
     try:
-        from nemo_bard.visualize_picture import draw_answers
+        from nemo_bard.report.picture import draw_answers
 
         draw_answers(model, processor, shown, generation_config=config, path=job.run_dir / "answers.png")
     except ImportError as error:

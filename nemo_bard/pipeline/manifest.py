@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.checkpoint import link_or_copy, read_header, write_whole
-from nemo_bard.pipeline.plan import OWN_KEYS, RUN_DIR, Job, Stage
-from nemo_bard.recipe_file import translate
+from nemo_bard.checkpoints.folder import link_or_copy, read_header, write_whole
+from nemo_bard.pipeline.job import OWN_KEYS, RUN_DIR, Job, Stage
+from nemo_bard.train.recipe_file import translate
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +330,7 @@ def export_of(stage: Stage, job: Job, manifest: Mapping[str, Any]) -> Path:
     return job.run_dir / manifest["export"]
 
 
-def finish(stage: Stage, job: Job, started: Mapping[str, Any], **facts: Any) -> dict[str, Any]:  # noqa: ANN401
+def finish(stage: Stage, job: Job, started: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Write the manifest of a stage whose export is complete, last of all its files."""
     files = fingerprint(stage.export)
     manifest = {

@@ -16,17 +16,17 @@ from typing import Any
 
 import yaml
 
-from nemo_bard.checkpoint import read_model_type
-from nemo_bard.console import allow_all_lines, keep_to_own_lines
-from nemo_bard.launch import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
+from nemo_bard.base.console import allow_all_lines, keep_to_own_lines
+from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.launch.local import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
 from nemo_bard.pipeline import checks
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
-from nemo_bard.pipeline.plan import Job, Stage, make_job
+from nemo_bard.pipeline.job import Job, Stage, make_job
 from nemo_bard.pipeline.training import final_export, train
 from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
-from nemo_bard.report import duration, write_report
+from nemo_bard.report.run import duration, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -217,12 +217,12 @@ class Pipeline:
     def _make(self, stage: Stage) -> None:
         """Write the export of a stage without training; rank 0."""
         if stage.kind == "tiny":
-            from nemo_bard.tiny import make_tiny_qwen3_vl
+            from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
             with files.write_whole(stage.export) as folder:
                 make_tiny_qwen3_vl(folder, seed=stage.settings["seed"])
             return
-        from nemo_bard.export import convert
+        from nemo_bard.checkpoints.convert import convert
 
         name = stage.inputs["init"]
         source = self.job.input_path(name)

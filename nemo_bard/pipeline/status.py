@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from nemo_bard.launch.slurm import find_job
 from nemo_bard.pipeline import manifest as files
-from nemo_bard.report import duration
-from nemo_bard.slurm import find_job
+from nemo_bard.report.run import duration
 
 STALE_SECONDS = 300.0
 FRESH_SECONDS = 60.0

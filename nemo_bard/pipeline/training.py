@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.launch import PREEMPTION_SIGNALS, note_progress
+from nemo_bard.launch.local import PREEMPTION_SIGNALS, note_progress
 from nemo_bard.pipeline import manifest as files
-from nemo_bard.pipeline.plan import Job, Stage
+from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import World
-from nemo_bard.recipe_file import load_config, load_recipe_class
-from nemo_bard.report import duration
+from nemo_bard.report.run import duration
+from nemo_bard.train.recipe_file import load_config, load_recipe_class
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Watch:
     and a checkpoint's files before its publication.
     """
 
-    def __init__(self, recipe: Any, stage: Stage, world: World) -> None:  # noqa: ANN401
+    def __init__(self, recipe: Any, stage: Stage, world: World) -> None:
         self.recipe, self.stage, self.world, self.is_main = recipe, stage, world, world.is_main
         before = (files.read_json(stage.folder / files.PROGRESS) or {}) if world.is_main else {}
         self.seconds = float(before.get("seconds", 0.0))
@@ -142,7 +142,7 @@ class Watch:
         for name in ("metric_logger_train", "metric_logger_valid"):
             getattr(self.recipe, name).flush()
 
-    def step(self, sample: Any) -> None:  # noqa: ANN401
+    def step(self, sample: Any) -> None:
         """Note one finished step."""
         self.sample = sample
         now = time.monotonic()
@@ -157,7 +157,7 @@ class Watch:
             self.said = now
             self.say(sample)
 
-    def say(self, sample: Any) -> None:  # noqa: ANN401
+    def say(self, sample: Any) -> None:
         """Write a line in place of a progress bar."""
         scheduler = self.recipe.step_scheduler
         left = duration((scheduler.max_steps - scheduler.step - 1) * self.step_seconds)
@@ -167,7 +167,7 @@ class Watch:
         )
         sys.stdout.flush()
 
-    def write(self, sample: Any) -> None:  # noqa: ANN401
+    def write(self, sample: Any) -> None:
         """Write ``progress.json``."""
         scheduler = self.recipe.step_scheduler
         done = scheduler.step + (sample is not None)
@@ -203,7 +203,7 @@ class _IgnoreSignals:
             self.then(worker_id)
 
 
-def shield_workers(recipe: Any) -> None:  # noqa: ANN401
+def shield_workers(recipe: Any) -> None:
     """Keep workers of data loaders alive when a signal goes to all processes of a job.
 
     torchrun (2.12) signals the whole process group of a worker, Slurm every process of a step. A data loader's worker dies
@@ -215,7 +215,7 @@ def shield_workers(recipe: Any) -> None:  # noqa: ANN401
             loader.worker_init_fn = _IgnoreSignals(loader.worker_init_fn)
 
 
-def titled(bar: Any, name: str) -> Any:  # noqa: ANN401
+def titled(bar: Any, name: str) -> Any:
     """Give upstream's progress bar (rank 0 only) the name of the stage."""
     if bar is not None:
         bar.set_description(name)
@@ -233,7 +233,7 @@ def resident_gib() -> float:
     return pages * resource.getpagesize() / 1024**3
 
 
-def teardown(recipe: Any) -> None:  # noqa: ANN401
+def teardown(recipe: Any) -> None:
     """Free everything a recipe holds, so that the next stage has the machine to itself.
 
     Upstream never releases its signal handler (0.7.0), workers of data loaders live as long as their iterator, and

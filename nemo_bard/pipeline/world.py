@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from nemo_bard.launch import EXIT_USER_ERROR, PREEMPTION_SIGNALS, under_torchrun
+from nemo_bard.launch.local import EXIT_USER_ERROR, PREEMPTION_SIGNALS, under_torchrun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_bard.collate import IGNORE_INDEX
-from nemo_bard.layout import NOISY, PADDING
-from nemo_bard.noise import complement, make_noise, sample_generator
-from nemo_bard.train.recipe_config import NoiseSettings
+from nemo_bard.data.collate import IGNORE_INDEX
+from nemo_bard.method.layout import NOISY, PADDING
+from nemo_bard.method.noise import complement, make_noise, sample_generator
+from nemo_bard.train.config import NoiseSettings
 
 PADDING_WEIGHT = 0.5
 """Loss weight of response padding relative to text: BARD doubles ``t`` there, and the weight is ``1 / t``."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_bard.layout import CONTEXT, PADDING
-from nemo_bard.plan import Flops, row_flops
+from nemo_bard.cost.estimate import Flops, row_flops
+from nemo_bard.method.layout import CONTEXT, PADDING
 
 if TYPE_CHECKING:
-    from nemo_bard.configuration import BardVLConfig
+    from nemo_bard.model.configuration import BardVLConfig
 
 
 def count_pairs(batch: Mapping[str, Tensor], context_attention: str) -> int:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_bard.chunked import ChunkLoss
-from nemo_bard.losses import token_scale
+from nemo_bard.method.chunked import ChunkLoss
+from nemo_bard.method.losses import token_scale
 
 
 class NextTokens(NamedTuple):

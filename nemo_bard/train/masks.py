@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from nemo_bard.attention import NAME
-from nemo_bard.configuration import BardVLConfig
-from nemo_bard.layout import PADDING, TokenIds, attention_mask, check_context_attention, may_attend
+from nemo_bard.method.layout import PADDING, TokenIds, attention_mask, check_context_attention, may_attend
+from nemo_bard.model.attention import NAME
+from nemo_bard.model.configuration import BardVLConfig
 
 FLEX_TILE = 128
 """Rows and columns of a tile of a ``BlockMask``; on the flex path rows are padded to a multiple of it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
 
-from nemo_bard.packing import PackedDataset
+from nemo_bard.data.packing import PackedDataset
 
 
 @dataclass
@@ -29,7 +29,7 @@ class PackedDataloaderConfig(VlmDataloaderConfig):
         """The same pipeline, packed."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, pack=pack)
 
-    def _build_source(self, *, dataset_build_context: Any, **arguments: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    def _build_source(self, *, dataset_build_context: Any, **arguments: Any) -> tuple[Any, Any]:
         assert self.pack is not None
         with dataset_build_context or nullcontext():
             dataset, processor = super()._build_source(dataset_build_context=None, **arguments)

@@ -28,23 +28,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nemo_bard.adapters import CONFIG_OVERRIDES, merge
-from nemo_bard.chunked import ChunkLoss, chunked_loss
-from nemo_bard.collate import DEFAULT_MAX_LENGTH
-from nemo_bard.configuration import BardVLConfig, check_mask_token_id
-from nemo_bard.layout import PADDING
-from nemo_bard.lengths import last_line_of_worker_error
-from nemo_bard.losses import BlockDiffusionLoss, token_scale
-from nemo_bard.model import BardVLForConditionalGeneration
-from nemo_bard.packing import PackedDataset, pack_dataset
-from nemo_bard.plan import peak_flops
+from nemo_bard.checkpoints.merge import CONFIG_OVERRIDES, merge
+from nemo_bard.cost.estimate import peak_flops
+from nemo_bard.data.collate import DEFAULT_MAX_LENGTH
+from nemo_bard.data.lengths import last_line_of_worker_error
+from nemo_bard.data.packing import PackedDataset, pack_dataset
+from nemo_bard.generation.settings import check_mask_token_id
+from nemo_bard.method.chunked import ChunkLoss, chunked_loss
+from nemo_bard.method.layout import PADDING
+from nemo_bard.method.losses import BlockDiffusionLoss, token_scale
+from nemo_bard.model.configuration import BardVLConfig
+from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train import cpu_compat
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
-from nemo_bard.train.flops import batch_flops
-from nemo_bard.train.joint import JointLoss, next_tokens, weigh_next_tokens
-from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
-from nemo_bard.train.packed_loader import PackedDataloaderConfig
-from nemo_bard.train.recipe_config import (
+from nemo_bard.train.config import (
     NoiseSchedule,
     NoiseSettings,
     check_ar_loss,
@@ -53,6 +49,11 @@ from nemo_bard.train.recipe_config import (
     split_levels,
     validate_recipe,
 )
+from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
+from nemo_bard.train.flops import batch_flops
+from nemo_bard.train.joint import JointLoss, next_tokens, weigh_next_tokens
+from nemo_bard.train.masks import FLEX_TILE, make_mask, uses_flex
+from nemo_bard.train.packed_loader import PackedDataloaderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             settings["max_row_length"] = self.packing["max_length"]
         return collate(config=self._model_config, **settings)
 
-    def _pack(self, dataset: Any, processor: Any) -> PackedDataset:  # noqa: ANN401
+    def _pack(self, dataset: Any, processor: Any) -> PackedDataset:
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
         _check_processor(processor)
         loader = self.cfg.vlm_dataloader
@@ -249,7 +250,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             raise ValueError(f"the checkpoint gave a {type(model).__name__}, not a BardVLForConditionalGeneration")
         if not isinstance(self.loss_fn, self.loss_class):
             raise ValueError(
-                f"loss_fn of this recipe must be a nemo_bard.losses.{self.loss_class.__name__}, got"
+                f"loss_fn of this recipe must be a nemo_bard.method.{self.loss_class.__name__}, got"
                 f" {type(self.loss_fn).__name__}"
             )
         if hasattr(model.lm_head, "lora_A"):
@@ -287,7 +288,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         overrides = {key: getattr(config, key) for key in CONFIG_OVERRIDES}
         base = Path(self.cfg.get("model.pretrained_model_name_or_path"))
 
-        def merge_and_publish(path: str, **kwargs: Any) -> None:  # noqa: ANN401
+        def merge_and_publish(path: str, **kwargs: Any) -> None:
             folder = Path(path) / "model"
             if mode == "every" or (mode == "final" and self.step_scheduler.is_last_step):
                 lifecycle.run_coordinator_step(
@@ -598,7 +599,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
         )
 
 
-def _check_processor(processor: Any) -> None:  # noqa: ANN401
+def _check_processor(processor: Any) -> None:
     if processor is None:
         raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
 
@@ -610,7 +611,7 @@ class _UserErrors(logging.Filter):
         return not (record.exc_info and isinstance(record.exc_info[1], ValueError))
 
 
-def _section(cfg: Any, key: str) -> dict[str, Any] | None:  # noqa: ANN401
+def _section(cfg: Any, key: str) -> dict[str, Any] | None:
     node = cfg.get(key, None)
     return node.to_dict() if hasattr(node, "to_dict") else node
 

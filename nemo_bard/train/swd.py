@@ -22,14 +22,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from nemo_bard.chunked import ChunkLoss, chunked_top_k
-from nemo_bard.configuration import BardVLConfig
-from nemo_bard.layout import PADDING, check_anchor_block_size
-from nemo_bard.losses import DistillationLoss
-from nemo_bard.model import BardVLForConditionalGeneration
+from nemo_bard.method.chunked import ChunkLoss, chunked_top_k
+from nemo_bard.method.layout import PADDING, check_anchor_block_size
+from nemo_bard.method.losses import DistillationLoss
+from nemo_bard.model.configuration import BardVLConfig
+from nemo_bard.model.modeling import BardVLForConditionalGeneration
+from nemo_bard.train.config import NoiseSettings, validate_recipe
 from nemo_bard.train.flops import batch_flops
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, run_main
-from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
 
 OVERRIDES = ("block_size", "mask_token_id")
 """Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""
@@ -228,7 +228,7 @@ def _read_loss(section: Mapping[str, Any]) -> DistillationLoss:
         module, _, name = target.rpartition(".")
         target = getattr(importlib.import_module(module), name, None)
     if not (isinstance(target, type) and issubclass(target, DistillationLoss)):
-        raise ValueError(f"loss_fn._target_ must be nemo_bard.losses.DistillationLoss, got {section['_target_']}")
+        raise ValueError(f"loss_fn._target_ must be nemo_bard.method.DistillationLoss, got {section['_target_']}")
     try:
         return target(**settings)
     except ValueError as error:

@@ -13,7 +13,7 @@ import sys
 import torch
 from nemo_automodel.components.config.loader import load_yaml_config
 
-from nemo_bard.paths import recipes_dir
+from nemo_bard.base.paths import recipes_dir
 from nemo_bard.train import cpu_compat
 from nemo_bard.train.pbm import PBMRecipe
 from nemo_bard.train.swd import SWDRecipe

@@ -18,7 +18,7 @@ import weakref
 
 from nemo_automodel.components.checkpoint.lifecycle import CheckpointLifecycle
 
-from nemo_bard.paths import find_recipe
+from nemo_bard.base.paths import find_recipe
 from nemo_bard.pipeline import Pipeline
 from nemo_bard.train.pbm import PBMRecipe
 

@@ -8,15 +8,15 @@ import threading
 import pytest
 from PIL import Image
 
-from nemo_bard.cli import main
-from nemo_bard.commands import options
+from nemo_bard.cli import options
+from nemo_bard.cli.app import main
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Qwen3-VL folder ``source``, ``bard`` made from it, two images and a video."""
-    from nemo_bard.export import convert
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.convert import convert
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     base = tmp_path_factory.mktemp("generate")
     text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
@@ -214,7 +214,7 @@ def test_wrong_prompt_lines_are_named(call, folder, tmp_path, line, message):
     ],
 )
 def test_wrong_words_are_refused_before_the_model_is_loaded(call, monkeypatch, words, message):
-    from nemo_bard import responder
+    from nemo_bard.evaluation import responder
 
     def load(*_, **__):
         raise AssertionError("the model was loaded")
@@ -263,7 +263,7 @@ def test_video(call, folder):
 
 
 def test_without_a_video_decoder_the_error_says_what_to_install(call, folder, monkeypatch):
-    from nemo_bard import video
+    from nemo_bard.data import video
 
     (folder / "any.mp4").write_bytes(b"")
     monkeypatch.setattr(video, "find_spec", lambda name: None)
@@ -288,8 +288,8 @@ def test_evaluate_both_kinds_of_model(call, tmp_path):
 
 
 def test_autoregressive_answers_do_not_depend_on_the_batch(folder):
-    from nemo_bard.digits import make_digits
-    from nemo_bard.responder import AutoregressiveResponder, load_checkpoint
+    from nemo_bard.data.digits import make_digits
+    from nemo_bard.evaluation.responder import AutoregressiveResponder, load_checkpoint
 
     model, processor = load_checkpoint(folder / "source")
     prompts = [make_digits("test", 2)[i]["conversation"][:1] for i in range(2)]
@@ -317,7 +317,7 @@ def test_calibrate(call, folder, tmp_path):
 
 
 def test_calibrate_asks_for_matplotlib_before_the_sweep(call, monkeypatch):
-    from nemo_bard.commands import calibrate
+    from nemo_bard.cli.commands import calibrate
 
     monkeypatch.setattr(calibrate, "find_spec", lambda name: None)
     assert "pip install matplotlib" in refused(call("calibrate", "--data", "digits:test"))
@@ -326,7 +326,7 @@ def test_calibrate_asks_for_matplotlib_before_the_sweep(call, monkeypatch):
 def test_transformers_streamers_and_pipeline(folder):
     from transformers import TextIteratorStreamer, pipeline
 
-    from nemo_bard.responder import encode_prompts, load_checkpoint
+    from nemo_bard.evaluation.responder import encode_prompts, load_checkpoint
 
     model, processor = load_checkpoint(folder / "bard")
     conversation = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
@@ -344,8 +344,8 @@ def test_transformers_streamers_and_pipeline(folder):
 
 
 def test_terminal_gets_drafts(folder, monkeypatch):
-    from nemo_bard.commands.generate import make_streamer
-    from nemo_bard.responder import load_checkpoint
+    from nemo_bard.cli.commands.generate import make_streamer
+    from nemo_bard.evaluation.responder import load_checkpoint
 
     _, processor = load_checkpoint(folder / "bard")
     assert not hasattr(make_streamer(processor.tokenizer), "put_draft")

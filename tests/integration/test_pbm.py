@@ -111,8 +111,8 @@ def read_log(folder: Path, name: str = "training") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    from nemo_bard.export import convert
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.convert import convert
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     folder = tmp_path_factory.mktemp("start")
     convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
@@ -161,7 +161,7 @@ def runs(start, tmp_path_factory):
                 "uniform",
                 **{
                     "noise.name": "uniform",
-                    "loss_fn": {"_target_": "nemo_bard.losses.MixturePathKL", "reduction": "sum"},
+                    "loss_fn": {"_target_": "nemo_bard.method.MixturePathKL", "reduction": "sum"},
                     "step_scheduler.max_steps": 3,
                 },
             ),
@@ -193,7 +193,7 @@ def runs(start, tmp_path_factory):
                 "uniform_two",
                 **{
                     "noise.name": "uniform",
-                    "loss_fn": {"_target_": "nemo_bard.losses.MixturePathKL", "reduction": "sum"},
+                    "loss_fn": {"_target_": "nemo_bard.method.MixturePathKL", "reduction": "sum"},
                     "step_scheduler.max_steps": 3,
                 },
             ),
@@ -361,7 +361,8 @@ def test_own_images_are_learnt_by_heart(start, tmp_path):
     from transformers import AutoProcessor
 
     from nemo_bard import BardVLForConditionalGeneration
-    from nemo_bard.data import JsonlDataset, split_last_response
+    from nemo_bard.data.conversation import split_last_response
+    from nemo_bard.data.jsonl import JsonlDataset
 
     lines = []
     for name, colour in COLOURS.items():

@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUD
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     return make_tiny_qwen3_vl(tmp_path_factory.mktemp("source") / "tiny")
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nemo_bard.cli import build_parser
-from nemo_bard.commands import COMMANDS
-from nemo_bard.commands.finetune import load_raw_config, parse_overrides
-from nemo_bard.paths import find_recipe
+from nemo_bard.base.paths import find_recipe
+from nemo_bard.cli.app import build_parser
+from nemo_bard.cli.commands import COMMANDS
+from nemo_bard.cli.commands.finetune import load_raw_config, parse_overrides
 from nemo_bard.pipeline.checks import check_inputs
 from nemo_bard.pipeline.compose import compose, read_words
-from nemo_bard.pipeline.plan import make_job
-from nemo_bard.report import read_run, scores_of
-from nemo_bard.train.recipe_config import validate_recipe
+from nemo_bard.pipeline.job import make_job
+from nemo_bard.report.run import read_run, scores_of
+from nemo_bard.train.config import validate_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def commands(program: str) -> list[list[str]]:
 
 
 def run_demo(*words):
-    command = [sys.executable, "-m", "nemo_bard.demo", *words]
+    command = [sys.executable, "-m", "nemo_bard.cli.demo", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -123,7 +123,7 @@ def test_training_commands_are_valid(words, workplace):
 
 @pytest.mark.slow
 def test_jsonl_line_is_read(workplace):
-    from nemo_bard.data import make_jsonl
+    from nemo_bard.data.jsonl import make_jsonl
 
     sample = make_jsonl("train.jsonl")[0]
     assert [turn["role"] for turn in sample["conversation"]] == ["user", "assistant"]

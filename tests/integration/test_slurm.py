@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_bard import launch, slurm
-from nemo_bard.cli import main
-from nemo_bard.paths import conf_dir, find_recipe
+from nemo_bard.base.paths import conf_dir, find_recipe
+from nemo_bard.cli.app import main
+from nemo_bard.launch import local as launch
+from nemo_bard.launch import slurm
 from nemo_bard.pipeline.status import read_status, render
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -193,7 +194,7 @@ def submit(capsys, *more):
 
 
 def test_a_killed_worker_and_a_signal_change_nothing(on_cluster, tmp_path, capsys):
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     source = make_tiny_qwen3_vl(tmp_path / "tiny")
     run = tmp_path / "run"

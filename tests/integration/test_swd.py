@@ -25,8 +25,8 @@ TRAIN = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All jobs on the same mixed data: the student has tied weights, the anchor others, of another size."""
-    from nemo_bard.export import convert
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.convert import convert
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     folder = tmp_path_factory.mktemp("swd")
     data = write_data(folder / "data", 11)

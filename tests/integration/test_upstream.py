@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pbm import TRAIN, read_log, write_data
 
-from nemo_bard.train.recipe_config import NoiseSettings
+from nemo_bard.train.config import NoiseSettings
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +25,8 @@ class Lab:
     """Runs the PBM recipe in this process, in folders of its own; everything is small."""
 
     def __init__(self, folder):
-        from nemo_bard.export import convert
-        from nemo_bard.tiny import make_tiny_qwen3_vl
+        from nemo_bard.checkpoints.convert import convert
+        from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
         self.folder, self.start = folder, folder / "start"
         convert(make_tiny_qwen3_vl(folder / "source"), self.start, block_size=4)
@@ -37,7 +37,7 @@ class Lab:
         """A recipe that is set up, not run."""
         from nemo_automodel.components.config.loader import load_yaml_config
 
-        from nemo_bard.paths import recipes_dir
+        from nemo_bard.base.paths import recipes_dir
         from nemo_bard.train.pbm import PBMRecipe
 
         config = load_yaml_config(recipes_dir() / "pbm.yaml")
@@ -282,7 +282,7 @@ def test_lora_checkpoint_merges_into_a_whole_one(lab, lora, tmp_path, capsys):
     """The export of the run and that of the command give the logits of base and adapters."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from nemo_bard.cli import main
+    from nemo_bard.cli.app import main
 
     recipe, _ = lora
     model = recipe.model_parts[0].eval()
@@ -320,7 +320,7 @@ def test_lora_checkpoint_merges_into_a_whole_one(lab, lora, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_merged_is_said_in_one_line(lab, lora, tmp_path, capsys, change, said):
-    from nemo_bard.cli import main
+    from nemo_bard.cli.app import main
 
     shutil.copytree(lab.folder / "lora" / "LATEST" / "model", tmp_path / "model")
     config = tmp_path / "model" / "adapter_config.json"

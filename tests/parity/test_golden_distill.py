@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from golden_data import case_name, golden_arrays, golden_cases
 
-from nemo_bard.chunked import chunked_loss, chunked_top_k
-from nemo_bard.losses import DistillationLoss, top_k_kd
+from nemo_bard.method.chunked import chunked_loss, chunked_top_k
+from nemo_bard.method.losses import DistillationLoss, top_k_kd
 
 CASES = golden_cases("distill")
 LOSS_TOLERANCE = 1e-4

@@ -43,7 +43,7 @@ def test_image_features(case, golden_model):
 @pytest.mark.parametrize("attention", ["bard", "sdpa"])
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_every_backend_gives_these_logits(case, attention, golden_dir):
-    import nemo_bard.attention  # noqa: F401  registers the backend
+    import nemo_bard.model.attention  # noqa: F401  registers the backend
     from nemo_bard import BardVLForConditionalGeneration
 
     model = BardVLForConditionalGeneration.from_pretrained(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_data import case_name, golden_arrays, golden_cases
 
-from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_scale, top_k_kd
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_scale, top_k_kd
 
 CASES = golden_cases("losses")
 DIFFUSION = [case for case in CASES if case["kind"] == "diffusion"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_data import golden_arrays, golden_cases
 
-from nemo_bard.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, context_block_ids, sample_layout
+from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, context_block_ids, sample_layout
 
 CASES = golden_cases("attention_mask")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_data import golden_arrays, golden_cases
 
-from nemo_bard.noise import MixedNoise, NoiseLevels, mixed_probabilities
+from nemo_bard.method.noise import MixedNoise, NoiseLevels, mixed_probabilities
 
 CASES = golden_cases("noise")
 MIX = CASES["mix"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_data import golden_arrays
 
-from nemo_bard.layout import CONTEXT, NOISY, TokenIds, attention_mask, find_responses, sample_layout
+from nemo_bard.method.layout import CONTEXT, NOISY, TokenIds, attention_mask, find_responses, sample_layout
 
 MASK, IMAGE, HEADER, END, NEWLINE, IM_START = 509, 500, [504, 507, 508], 505, 508, 504
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -84,9 +84,9 @@ def training_forward(model, context, responses, block_size, noisy_ids, vision):
 
 def decoding_logits(model, engine_class, context, responses, block_size, noisy_ids, vision, static=False):
     """The same logits from the decoder's engine: each turn has its own prompt, and its clean blocks are committed."""
-    from nemo_bard.configuration import BardGenerationConfig
-    from nemo_bard.generation import resolve_settings
-    from nemo_bard.prompt import prepare_prompt
+    from nemo_bard.generation.generate import resolve_settings
+    from nemo_bard.generation.prompt import prepare_prompt
+    from nemo_bard.generation.settings import BardGenerationConfig
 
     cursor, found = 0, []
     for start, end in responses:
@@ -129,7 +129,7 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
 def test_training_forward_equals_cached_decoding(
     noise, block_size, context_attention, image, engine_name, golden_model, vision
 ):
-    from nemo_bard.decode import FastEngine, PlainEngine
+    from nemo_bard.generation.decode import FastEngine, PlainEngine
 
     model = load(golden_model, context_attention, block_size)
     vision = vision if image else {}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nemo_bard import attention
-from nemo_bard.attention import STRIP_KEYS, STRIP_QUERIES, bard_attention
-from nemo_bard.layout import sample_layout
+from nemo_bard.method.layout import sample_layout
+from nemo_bard.model import attention
+from nemo_bard.model.attention import STRIP_KEYS, STRIP_QUERIES, bard_attention
 from nemo_bard.train.masks import dense_mask
 
 HEADS, GROUPS, SIZE = 4, 2, 16

@@ -6,8 +6,8 @@ import types
 import pytest
 from PIL import Image
 
-from nemo_bard import calibrate as cal
-from nemo_bard.configuration import BardGenerationConfig
+from nemo_bard.evaluation import calibrate as cal
+from nemo_bard.generation.settings import BardGenerationConfig
 
 
 def setting(size=4, steps=4, threshold=0.5):

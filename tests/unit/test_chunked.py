@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_bard.chunked import OutputHead, chunked_loss, chunked_top_k
-from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL, top_k_kd
+from nemo_bard.method.chunked import OutputHead, chunked_loss, chunked_top_k
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL, top_k_kd
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 1001
 

@@ -9,8 +9,10 @@ import types
 
 import pytest
 
-from nemo_bard import _startup, cli, paths
-from nemo_bard.commands import COMMANDS, finetune
+from nemo_bard.base import paths
+from nemo_bard.cli import app as cli
+from nemo_bard.cli import startup as _startup
+from nemo_bard.cli.commands import COMMANDS, finetune
 
 RECIPE_MODULE = '''
 """Recipes that record what they are given."""

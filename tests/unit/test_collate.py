@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.collate import IGNORE_INDEX, BlockDiffusionCollator, lay_out_sample
-from nemo_bard.export import convert
-from nemo_bard.layout import NOISY, PADDING, find_responses
-from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL
-from nemo_bard.noise import NOISES
-from nemo_bard.tiny import make_tiny_qwen3_vl
+from nemo_bard.checkpoints.convert import convert
+from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+from nemo_bard.data.collate import IGNORE_INDEX, BlockDiffusionCollator, lay_out_sample
+from nemo_bard.method.layout import NOISY, PADDING, find_responses
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL
+from nemo_bard.method.noise import NOISES
 from nemo_bard.train import corruption
+from nemo_bard.train.config import NoiseSettings
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
 from nemo_bard.train.masks import dense_mask
 from nemo_bard.train.pbm import StepTotals, count, weigh
-from nemo_bard.train.recipe_config import NoiseSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collate"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from nemo_bard import BardVLForConditionalGeneration
-from nemo_bard.collate import BlockDiffusionCollator
-from nemo_bard.export import convert
-from nemo_bard.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, sample_layout
-from nemo_bard.losses import BlockDiffusionCrossEntropy
-from nemo_bard.tiny import make_tiny_qwen3_vl
+from nemo_bard.checkpoints.convert import convert
+from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+from nemo_bard.data.collate import BlockDiffusionCollator
+from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, sample_layout
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy
+from nemo_bard.train.config import NoiseSettings
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
-from nemo_bard.train.recipe_config import NoiseSettings
 
 LENGTH, RESPONSES = 41, [(5, 8), (12, 29), (33, 41)]  # of 3, 17 and 8 tokens
 MASK = 999

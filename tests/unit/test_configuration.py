@@ -5,11 +5,11 @@ import logging
 
 import pytest
 
-from nemo_bard.configuration import (
+from nemo_bard.generation.settings import BardGenerationConfig
+from nemo_bard.model.configuration import (
     QWEN3_VL_ASSISTANT_HEADER_IDS,
     QWEN3_VL_EOS_TOKEN_ID,
     QWEN3_VL_MASK_TOKEN_ID,
-    BardGenerationConfig,
     BardVLConfig,
 )
 
@@ -173,7 +173,7 @@ class TestGenerationConfig:
 
     def test_of_another_models_file_only_token_ids_are_taken(self, tmp_path, caplog):
         (tmp_path / "generation_config.json").write_text(json.dumps(QWEN_FILE))
-        with caplog.at_level(logging.INFO, logger="nemo_bard.configuration"):
+        with caplog.at_level(logging.INFO, logger="nemo_bard.generation.settings"):
             config = BardGenerationConfig.from_pretrained(tmp_path)
         taken = {name: QWEN_FILE[name] for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
         defaults = BardGenerationConfig()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from nemo_bard import console
+from nemo_bard.base import console
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_bard.train.cpu_compat import apply, normalise_device
+from nemo_bard.upstream.cpu import apply, normalise_device
 
 
 @pytest.mark.parametrize(

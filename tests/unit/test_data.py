@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nemo_bard.data import JsonlDataset, make_jsonl, split_last_response
+from nemo_bard.data.conversation import split_last_response
+from nemo_bard.data.jsonl import JsonlDataset, make_jsonl
 
 ANSWER = {"role": "assistant", "content": "yes"}
 
@@ -124,7 +125,7 @@ def test_video_is_handed_on_as_a_path(folder):
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n  \n"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_random_access_equals_reading_line_by_line(folder, monkeypatch, end, chunk):
-    monkeypatch.setattr("nemo_bard.data._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("nemo_bard.data.jsonl._CHUNK_BYTES", chunk)
     lines = [
         {"messages": [{"role": "user", "content": f"frage {i} " + "\u00e4\u20ac" * i}, ANSWER], "n": i}
         for i in range(9)

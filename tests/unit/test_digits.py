@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nemo_bard.digits import (
+from nemo_bard.data.digits import (
     QUESTIONS,
     SPLITS,
     DigitsConfig,

@@ -5,8 +5,8 @@ from importlib import metadata
 
 import pytest
 
-from nemo_bard import doctor
-from nemo_bard.cli import main
+from nemo_bard.cli import installation as doctor
+from nemo_bard.cli.app import main
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def write_script(folder, text):
     return script
 
 
-OURS, UPSTREAM = "from nemo_bard.cli import automodel", "from nemo_automodel.cli.app import main"
+OURS, UPSTREAM = "from nemo_bard.cli.app import automodel", "from nemo_automodel.cli.app import main"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,9 @@ def test_import_that_fails_becomes_a_finding(monkeypatch):
 
 @pytest.mark.parametrize(("state", "code"), [(doctor.OK, 0), (doctor.WARNING, 0), (doctor.BROKEN, 1)])
 def test_exit_code_and_json(monkeypatch, capsys, state, code):
-    monkeypatch.setattr("nemo_bard.commands.doctor.logging.disable", lambda _: None)  # the test process goes on logging
+    monkeypatch.setattr(
+        "nemo_bard.cli.commands.doctor.logging.disable", lambda _: None
+    )  # the test process goes on logging
     monkeypatch.setattr(doctor, "run_checks", lambda: iter([doctor.Check("hook", state, "found", "do this")]))
     assert main(["doctor"]) == code
     text = capsys.readouterr().out

@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 
-from nemo_bard import evaluate as ev
-from nemo_bard.digits import make_digits
-from nemo_bard.responder import Answer, AnswerBatch
+from nemo_bard.data.digits import make_digits
+from nemo_bard.evaluation import evaluate as ev
+from nemo_bard.evaluation.responder import Answer, AnswerBatch
 
 
 def brute_force_distance(a, b):
@@ -49,7 +49,7 @@ def test_resolve_scorer():
     assert set(ev.resolve_scorer(None, [])("1 2", "1 3")) == {"exact_match", "accuracy"}
     assert ev.resolve_scorer("accuracy,exact_match")("a", "a") == {"accuracy": 1.0, "exact_match": 1.0}
     assert ev.resolve_scorer(half)("a", "b") == {"half": 0.5}
-    assert ev.resolve_scorer("nemo_bard.digits.score")("1", "1")["digit_accuracy"] == 1.0
+    assert ev.resolve_scorer("nemo_bard.data.digits.score")("1", "1")["digit_accuracy"] == 1.0
     own = types.SimpleNamespace(score=lambda prediction, reference: {"own": 1})
     assert ev.resolve_scorer(None, own)("a", "b") == {"own": 1.0}
 
@@ -58,9 +58,9 @@ def test_resolve_scorer():
     ("name", "message"),
     [
         ("exact", "got 'exact'"),
-        ("nemo_bard.digits.nothing", "nemo_bard.digits.nothing"),
+        ("nemo_bard.data.digits.nothing", "nemo_bard.data.digits.nothing"),
         ("no_such_package.score", "no_such_package"),
-        ("nemo_bard.digits.SPLITS", "not a function"),
+        ("nemo_bard.data.digits.SPLITS", "not a function"),
     ],
 )
 def test_unknown_scorer_is_named(name, message):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_bard.checkpoint import link_or_copy
-from nemo_bard.cli import main
-from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
-from nemo_bard.export import choose_mask_token_id, convert, spell_rope_twice
-from nemo_bard.tiny import make_tokenizer
+from nemo_bard.checkpoints.convert import choose_mask_token_id, convert, spell_rope_twice
+from nemo_bard.checkpoints.folder import link_or_copy
+from nemo_bard.checkpoints.tiny import make_tokenizer
+from nemo_bard.cli.app import main
+from nemo_bard.generation.settings import BardGenerationConfig
+from nemo_bard.model.configuration import BardVLConfig
 
 ROWS_LEFT = 10
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -108,7 +109,7 @@ def test_copies_shards_where_links_are_impossible(source, tmp_path, monkeypatch)
         raise OSError(18, "Invalid cross-device link")
 
     shards = shard(source)
-    monkeypatch.setattr("nemo_bard.checkpoint.os.link", refuse)
+    monkeypatch.setattr("nemo_bard.checkpoints.folder.os.link", refuse)
     report = convert(source, tmp_path / "bard")
     assert (report.linked, report.copied) == (0, 2)
     for name in [*shards, "model.safetensors.index.json"]:
@@ -247,7 +248,7 @@ def test_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
     def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nemo_bard.export.check_loads", fail)
+    monkeypatch.setattr("nemo_bard.checkpoints.convert.check_loads", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(source, tmp_path / "bard")
     assert sorted(tmp_path.iterdir()) == [source]

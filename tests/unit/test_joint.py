@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 from nemo_bard import BardVLForConditionalGeneration
-from nemo_bard.collate import BlockDiffusionCollator
-from nemo_bard.export import convert
-from nemo_bard.layout import CONTEXT, NOISY, sample_layout
-from nemo_bard.losses import BlockDiffusionCrossEntropy, DistillationLoss
-from nemo_bard.tiny import make_tiny_qwen3_vl
+from nemo_bard.checkpoints.convert import convert
+from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+from nemo_bard.data.collate import BlockDiffusionCollator
+from nemo_bard.method.layout import CONTEXT, NOISY, sample_layout
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy, DistillationLoss
+from nemo_bard.train.config import NoiseSettings
 from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.train.joint import next_tokens
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, count
-from nemo_bard.train.recipe_config import NoiseSettings
 from nemo_bard.train.swd import SWDRecipe
 
 

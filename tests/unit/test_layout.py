@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nemo_bard.layout import (
+from nemo_bard.method.layout import (
     CONTEXT,
     NOISY,
     PADDING,

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP, Qwen3VLTextRMSNorm
 
-from nemo_bard.lean import slim
+from nemo_bard.model.lean import slim
 
 
 def pair(kind):

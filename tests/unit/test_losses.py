@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_bard.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_scale, top_k_kd
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL, token_scale, top_k_kd
 
 LOSSES = [BlockDiffusionCrossEntropy, MixturePathKL]
 

@@ -10,9 +10,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.attention import bard_attention
-from nemo_bard.layout import CONTEXT, PADDING, sample_layout
-from nemo_bard.shapes import make_config
+from nemo_bard.cost.shapes import make_config
+from nemo_bard.method.layout import CONTEXT, PADDING, sample_layout
+from nemo_bard.model.attention import bard_attention
 from nemo_bard.train.masks import FLEX_TILE, STRIP_TILES, block_mask, dense_mask, make_mask, mask_mod, uses_flex
 
 CONTEXTS = ("block", "causal")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_bard.noise import (
+from nemo_bard.method.noise import (
     NOISES,
     MaskNoise,
     MixedNoise,

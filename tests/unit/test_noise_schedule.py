@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_bard.train.recipe_config import NoiseSchedule, NoiseSettings
+from nemo_bard.train.config import NoiseSchedule, NoiseSettings
 
 CURRICULUM = {
     "name": "mask",

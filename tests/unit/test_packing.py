@@ -13,17 +13,17 @@ from test_collate import assert_equal_gradients, context_of, loss_and_gradients,
 from torch.utils.data import DistributedSampler
 
 from nemo_bard import BardVLForConditionalGeneration
-from nemo_bard.collate import BlockDiffusionCollator
-from nemo_bard.data import JsonlDataset
-from nemo_bard.digits import make_digits
-from nemo_bard.export import convert
-from nemo_bard.layout import PADDING
-from nemo_bard.lengths import SampleSizes, measure, measured_once
-from nemo_bard.packing import pack_dataset, plan_packs
-from nemo_bard.tiny import make_tiny_qwen3_vl
+from nemo_bard.checkpoints.convert import convert
+from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+from nemo_bard.data.collate import BlockDiffusionCollator
+from nemo_bard.data.digits import make_digits
+from nemo_bard.data.jsonl import JsonlDataset
+from nemo_bard.data.lengths import SampleSizes, measure, measured_once
+from nemo_bard.data.packing import pack_dataset, plan_packs
+from nemo_bard.method.layout import PADDING
+from nemo_bard.train.config import NoiseSettings
 from nemo_bard.train.corruption import corrupt_batch
 from nemo_bard.train.pbm import PBMRecipe, StepTotals, weigh
-from nemo_bard.train.recipe_config import NoiseSettings
 
 ROW = 8192
 
@@ -107,7 +107,7 @@ def test_lengths_are_measured_once_and_again_when_data_or_processor_change(tiny,
     lengths, eights = sizes.row_lengths(8), collator(tiny, 8)
     for i in (0, 1, 63, 64, 69):  # on both sides of a chunk of 64
         assert lengths[i] == len(eights.encode(data[i]))
-    monkeypatch.setattr("nemo_bard.lengths.measure", None)
+    monkeypatch.setattr("nemo_bard.data.lengths.measure", None)
     again, same = measured_once(data, collator(tiny, 32, max_length=64), tmp_path / "cache")
     assert same == path
     assert (again.responses == sizes.responses).all()

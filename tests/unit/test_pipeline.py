@@ -13,13 +13,13 @@ from pipeline_stub import KilledError, StubRecipe
 from safetensors.torch import save_file
 from torch import tensor
 
-from nemo_bard.launch import EXIT_PREEMPTED
+from nemo_bard.launch.local import EXIT_PREEMPTED
 from nemo_bard.pipeline import Pipeline
 from nemo_bard.pipeline import manifest as files
 from nemo_bard.pipeline.compose import compose, read_words
-from nemo_bard.pipeline.plan import make_job
+from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.status import read_status, render
-from nemo_bard.report import read_lines, read_run
+from nemo_bard.report.run import read_lines, read_run
 
 STEPS, EVERY = 5, 2
 
@@ -416,9 +416,9 @@ def slurm(chain, monkeypatch):
 
 
 def test_a_world_that_does_not_fit_is_refused_before_anything_starts(slurm, capsys, monkeypatch):
-    from nemo_bard.cli import main
+    from nemo_bard.cli.app import main
 
-    monkeypatch.setattr("nemo_bard.launch.run_torchrun", lambda *_, **__: pytest.fail("torchrun"))
+    monkeypatch.setattr("nemo_bard.launch.local.run_torchrun", lambda *_, **__: pytest.fail("torchrun"))
     line = (
         "error: stage a: step_scheduler.global_batch_size=4 must be divisible by step_scheduler.local_batch_size=2"
         " times 3 data-parallel rank(s)\n"
@@ -433,7 +433,7 @@ def test_a_world_that_does_not_fit_is_refused_before_anything_starts(slurm, caps
 
 
 def test_status_of_a_job_in_the_queue(slurm, no_report, capsys):
-    from nemo_bard.cli import main
+    from nemo_bard.cli.app import main
 
     command = ["finetune", "--config", "chain.yaml", "launch=slurm", "launch.nodes=2"]
     assert main([*command, "launch.partition=gpu"]) == 2
@@ -457,7 +457,7 @@ def test_status_of_a_job_in_the_queue(slurm, no_report, capsys):
 
 
 def test_finetune_stops_before_it_starts_processes(chain, capsys):
-    from nemo_bard.cli import main
+    from nemo_bard.cli.app import main
 
     assert main(["finetune", "--config", "chain.yaml", "stage.a.block_size=16"]) == 2
     error = capsys.readouterr().err

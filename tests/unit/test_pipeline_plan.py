@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_bard.paths import conf_dir, recipes_dir
+from nemo_bard.base.paths import conf_dir, recipes_dir
 from nemo_bard.pipeline import checks
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import merge
-from nemo_bard.pipeline.plan import make_job
+from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.run import describe
 
 PUBLISHED = {
@@ -179,7 +179,7 @@ def test_chain_of_a_users_own_as_in_the_documentation(tmp_path, monkeypatch):
     chain = make_job(compose(read_words(Path("mine.yaml"), [])))
     assert (chain.name, [stage.name for stage in chain.stages]) == ("my_chain", ["start", "pbm_b4", "pbm_b8", "polish"])
     assert chain.stage("polish").recipe["model"]["block_size"] == 16
-    assert chain.stage("polish").recipe["dataset"]["_target_"] == "nemo_bard.digits.make_digits"
+    assert chain.stage("polish").recipe["dataset"]["_target_"] == "nemo_bard.data.make_digits"
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLForConditionalGeneration
 
-from nemo_bard.chunked import DEFAULT_CHUNK_TOKENS
-from nemo_bard.cli import main
-from nemo_bard.layout import TokenIds, attention_mask, sample_layout
-from nemo_bard.plan import (
+from nemo_bard.cli.app import main
+from nemo_bard.cost.estimate import (
     CHUNK_TOKENS,
     PlanSettings,
     activation_memory,
@@ -26,7 +24,9 @@ from nemo_bard.plan import (
     training_flops,
     visible_pairs,
 )
-from nemo_bard.shapes import SHAPES, make_config
+from nemo_bard.cost.shapes import SHAPES, make_config
+from nemo_bard.method.chunked import DEFAULT_CHUNK_TOKENS
+from nemo_bard.method.layout import TokenIds, attention_mask, sample_layout
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,7 +94,7 @@ def test_sharding_divides_the_states_and_checkpointing_the_activations():
 
 def test_the_peak_of_a_process_is_the_measured_one():
     """``benchmarks/results``: the operating system's account of a step in float32, above that of the imports."""
-    from nemo_bard.chunked import CPU_CHUNK_TOKENS
+    from nemo_bard.method.chunked import CPU_CHUNK_TOKENS
 
     file = Path(__file__).parents[2] / "benchmarks" / "results" / "train_step_cpu_cpu.json"
     measured = json.loads(file.read_text())

@@ -10,9 +10,9 @@ import sys
 import pytest
 import yaml
 
-from nemo_bard.paths import recipes_dir
+from nemo_bard.base.paths import recipes_dir
 from nemo_bard.train import recipe_config
-from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
+from nemo_bard.train.config import NoiseSettings, validate_recipe
 
 LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
 
@@ -102,7 +102,7 @@ def test_shipped_recipe_is_accepted(raw):
         ("packing.max_length", 0, "packing.max_length must be an integer >= 1, got 0"),
         ("packing.max_length", "8k", "packing.max_length must be an integer >= 1, got '8k'"),
         ("packing", {"max_length": 99, "cache_dir": 3}, "packing.cache_dir must be a folder or null, got 3"),
-        ("loss_fn._target_", "nemo_bard.losses.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
+        ("loss_fn._target_", "nemo_bard.method.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
         ("optimizer._target_", None, "optimizer must have _target_"),
         ("optimizer.beta", 0.9, "unknown recipe key optimizer.beta; did you mean optimizer.betas?"),
@@ -161,7 +161,7 @@ def test_folder_that_is_no_start_point_is_refused(raw, tmp_path, config, message
 def test_uniform_noise_goes_with_both_losses(raw):
     uniform = changed(raw, "noise.name", "uniform")
     validate_recipe(uniform)
-    validate_recipe(changed(uniform, "loss_fn._target_", "nemo_bard.losses.MixturePathKL"))
+    validate_recipe(changed(uniform, "loss_fn._target_", "nemo_bard.method.MixturePathKL"))
 
 
 def test_packing_needs_our_collator(raw):
@@ -172,7 +172,7 @@ def test_packing_needs_our_collator(raw):
 
 
 def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):
-    kl = changed(changed(raw, "noise.name", "uniform"), "loss_fn._target_", "nemo_bard.losses.MixturePathKL")
+    kl = changed(changed(raw, "noise.name", "uniform"), "loss_fn._target_", "nemo_bard.method.MixturePathKL")
     validate_recipe(changed(kl, "noise.schedule", [{"until": 0.5, "high": 0.5}, {"low": 0.2}]))
     phases = changed(kl, "noise.schedule", [{"until": 0.5}, {"name": "mask"}])
     with pytest.raises(ValueError, match=r"MixturePathKL needs noise.schedule\[1\].name: uniform .* got 'mask'"):
@@ -196,7 +196,9 @@ def test_noise_settings_have_the_published_defaults():
 
 
 def test_checking_a_recipe_imports_nothing_heavy():
-    code = "import sys, nemo_bard.train.recipe_config; print([m for m in ('transformers', 'nemo_automodel') if m in sys.modules])"
+    code = (
+        "import sys, nemo_bard.train.config; print([m for m in ('transformers', 'nemo_automodel') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

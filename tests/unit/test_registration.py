@@ -44,7 +44,7 @@ def about(model):
 
 config = AutoConfig.from_pretrained(folder)
 after["config"] = type(config).__module__ + "." + type(config).__name__
-after["model_module_before_use"] = "nemo_bard.model" in sys.modules
+after["model_module_before_use"] = "nemo_bard.model.modeling" in sys.modules
 after["auto"] = about(AutoModelForImageTextToText.from_pretrained(folder))
 from nemo_bard.train import cpu_compat
 cpu_compat.apply()
@@ -82,7 +82,7 @@ def lazily_loaded(tmp_path_factory, golden_dir) -> dict[str, Any]:
 
 
 def test_auto_config_finds_ours_without_loading_the_model(lazily_loaded):
-    assert lazily_loaded["config"] == "nemo_bard.configuration.BardVLConfig"
+    assert lazily_loaded["config"] == "nemo_bard.model.configuration.BardVLConfig"
     assert lazily_loaded["model_module_before_use"] is False
 
 
@@ -106,7 +106,8 @@ def test_registering_again_changes_nothing():
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from nemo_bard import BardVLConfig, _registration
+    from nemo_bard import BardVLConfig
+    from nemo_bard.upstream import transformers as _registration
 
     finders = list(sys.meta_path)
     _registration.install()
@@ -120,7 +121,7 @@ def test_tables_that_are_loaded_already_are_filled_at_once(monkeypatch):
     """As when transformers was imported before this package."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    from nemo_bard import _registration
+    from nemo_bard.upstream import transformers as _registration
 
     config, model = configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     for table, key in ((config._mapping, "bard_vl"), (model._model_mapping, "bard_vl")):
@@ -133,7 +134,8 @@ def test_tables_that_are_loaded_already_are_filled_at_once(monkeypatch):
 
 def test_public_names_are_lazy_but_listed():
     assert set(nemo_bard.__all__) <= set(dir(nemo_bard))
-    from nemo_bard.configuration import BardGenerationConfig, BardVLConfig
+    from nemo_bard.generation.settings import BardGenerationConfig
+    from nemo_bard.model.configuration import BardVLConfig
 
     assert nemo_bard.BardVLConfig is BardVLConfig
     assert nemo_bard.BardGenerationConfig is BardGenerationConfig

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_bard.sampling import (
+from nemo_bard.generation.strategies import (
     NEEDS_ENTROPY,
     STRATEGIES,
     StepState,
@@ -219,6 +219,6 @@ def test_every_strategy_fixes_masked_tokens_only_and_ends_in_time(name, steps):
 
 
 def test_every_strategy_is_a_setting():
-    from nemo_bard.configuration import REMASKING_STRATEGIES
+    from nemo_bard.generation.settings import REMASKING_STRATEGIES
 
     assert set(REMASKING_STRATEGIES) == set(STRATEGIES)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_bard import launch, slurm
-from nemo_bard.paths import conf_dir
+from nemo_bard.base.paths import conf_dir
+from nemo_bard.launch import local as launch
+from nemo_bard.launch import slurm
 
 STAGES = ("start", "pbm_b4", "report")
 RECIPE = Path("/recipes/bard b32.yaml")
@@ -191,14 +192,14 @@ def test_failures_are_counted_since_the_last_checkpoint_and_of_this_job(job, tmp
     assert job([1], max_failures=2)[0] == 0
     assert failures.read_text() == "go 1: exit code 1\n"
     again = {"SLURM_RESTART_COUNT": "1"}
-    note = "python -c 'from nemo_bard.launch import note_progress; note_progress()'"
+    note = "python -c 'from nemo_bard.launch.local import note_progress; note_progress()'"
     assert job([1], {**again, "FAKE_DO": note}, max_failures=2)[0] == 0
     assert failures.read_text() == "go 2: exit code 1\n"
     assert job([1], again, max_failures=2)[0] == 1
 
 
 def test_a_signal_after_the_end_does_not_bring_the_job_back(job):
-    note = "python -c 'from nemo_bard.launch import note_complete; note_complete()'"
+    note = "python -c 'from nemo_bard.launch.local import note_complete; note_complete()'"
     code, told, calls = job([75], {"FAKE_DO": note})
     assert (code, told) == (0, "slurm: the chain is complete after 0 requeues\n")
     assert "requeue" not in calls

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nemo_bard.layout import NOISY, PADDING, TokenIds, attention_mask, sample_layout
-from nemo_bard.losses import DistillationLoss
-from nemo_bard.paths import recipes_dir
-from nemo_bard.train.recipe_config import NoiseSettings, validate_recipe
+from nemo_bard.base.paths import recipes_dir
+from nemo_bard.method.layout import NOISY, PADDING, TokenIds, attention_mask, sample_layout
+from nemo_bard.method.losses import DistillationLoss
+from nemo_bard.train.config import NoiseSettings, validate_recipe
 
 LENGTH, RESPONSES = 61, [(5, 8), (12, 31), (40, 56)]  # of 3, 19 and 16 tokens
 
@@ -143,8 +143,8 @@ class TestLoss:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """``student`` (block size 8) and anchors that fit or do not."""
-    from nemo_bard.export import convert
-    from nemo_bard.tiny import make_tiny_qwen3_vl
+    from nemo_bard.checkpoints.convert import convert
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
     root = tmp_path_factory.mktemp("swd")
     convert(make_tiny_qwen3_vl(root / "source"), root / "student", block_size=8)
@@ -233,10 +233,14 @@ def test_shipped_recipe_is_accepted(raw):
         ("loss_fn.kd_topk", 4, "did you mean loss_fn.kd_top_k?"),
         (
             "loss_fn",
-            {"_target_": "nemo_bard.losses.MixturePathKL"},
-            "must be nemo_bard.losses.DistillationLoss|needs noise",
+            {"_target_": "nemo_bard.method.MixturePathKL"},
+            "must be nemo_bard.method.DistillationLoss|needs noise",
         ),
-        ("loss_fn", {"_target_": "nemo_bard.losses.BlockDiffusionCrossEntropy"}, "must be nemo_bard.losses.Distill"),
+        (
+            "loss_fn",
+            {"_target_": "nemo_bard.method.BlockDiffusionCrossEntropy"},
+            "must be nemo_bard.method.Distill",
+        ),
         ("noise.min_masked", -1, "noise.min_masked must be an integer >= 0, got -1"),
         (
             "noise.per",
@@ -261,7 +265,7 @@ class TestAnchorInBatches:
         from transformers import AutoProcessor
 
         from nemo_bard import BardVLConfig
-        from nemo_bard.collate import BlockDiffusionCollator
+        from nemo_bard.data.collate import BlockDiffusionCollator
 
         def talk(*answers):
             turns = [({"role": "user", "content": f"ask {a}"}, {"role": "assistant", "content": a}) for a in answers]

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from nemo_bard.shapes import SHAPES, make_config
-from nemo_bard.tiny import ADDED_TOKENS, SPECIAL_TOKENS, main, make_tiny_qwen3_vl, make_tokenizer
+from nemo_bard.checkpoints.tiny import ADDED_TOKENS, SPECIAL_TOKENS, main, make_tiny_qwen3_vl, make_tokenizer
+from nemo_bard.cost.shapes import SHAPES, make_config
 
 
 @pytest.fixture(scope="module")

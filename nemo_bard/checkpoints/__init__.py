@@ -1,0 +1,1 @@
+"""Checkpoint folders: reading, converting, merging, making tiny ones."""

@@ -1,0 +1,89 @@
+"""Command line: ``nemo-bard COMMAND``, ``python -m nemo_bard.cli COMMAND`` and ``automodel finetune``.
+
+Wrong input ends as one line ``error: ...`` on stderr and exit code 2; ``NEMO_BARD_DEBUG=1`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+
+from nemo_bard import __version__
+from nemo_bard.cli.commands import COMMANDS, EXIT_USER_ERROR, USER_ERRORS
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def build_parser(selected: str | None) -> argparse.ArgumentParser:
+    """Build the parser; only the module of the command ``selected`` is imported, the others lend their help line."""
+    parser = argparse.ArgumentParser(prog="nemo-bard", description="Block-diffusion VLMs for NeMo AutoModel.")
+    parser.add_argument("--version", action="version", version=f"nemo-bard {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        if name == selected:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
+    return parser
+
+
+def run_command(argv: list[str]) -> int:
+    """Parse ``argv`` and run its command; returns the exit code, lets exceptions through."""
+    selected = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(selected)
+    args, extra = parser.parse_known_args(argv)
+    module = importlib.import_module(COMMANDS[args.command][0])
+    if getattr(module, "ACCEPTS_OVERRIDES", False):
+        args.overrides = extra
+    elif extra:
+        parser.error(f"{args.command}: unknown argument {extra[0]!r}")
+    return module.run(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``nemo-bard``; a YAML file as first argument goes to NeMo AutoModel, as in ``automodel X.yaml``.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The exit code: 0, 1 for a failed check, 2 for wrong input.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        return forward([sys.argv[0], *argv])
+    try:
+        return run_command(argv)
+    except USER_ERRORS as error:
+        if os.environ.get("NEMO_BARD_DEBUG") == "1":
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        sys.stderr.write(f"error: {rank}{message}\n")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in FULL_DISK or os.environ.get("NEMO_BARD_DEBUG") == "1":
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; make room and run the same command again\n")
+        return 1
+
+
+def automodel() -> int | None:
+    """Run the ``automodel`` script: ``finetune`` is ours, every other command line is NeMo AutoModel's, unchanged."""
+    return main() if sys.argv[1:2] == ["finetune"] else forward(sys.argv)
+
+
+def forward(argv: list[str]) -> int | None:
+    """Run NeMo AutoModel's own ``main`` with ``sys.argv`` set to ``argv``."""
+    from nemo_automodel.cli.app import main as upstream_main
+
+    sys.argv = list(argv)
+    return upstream_main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Conversations: readers, how they become training rows, and which rows share a batch."""
+
+from nemo_bard.base.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "BlockDiffusionCollator": "collate",
+        "DigitsDataset": "digits",
+        "JsonlDataset": "jsonl",
+        "MediaSource": "conversation",
+        "PackedDataset": "packing",
+        "make_digits": "digits",
+        "make_jsonl": "jsonl",
+        "parse_record": "conversation",
+        "split_last_response": "conversation",
+    },
+)

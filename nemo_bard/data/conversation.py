@@ -1,0 +1,233 @@
+"""Conversations: records as turns with typed parts, and media that are opened when they are needed.
+
+A data set is sized and map-style. An item is ``{"conversation": [{"role", "content"}, ...], "sample_index": int, ...}``
+with content parts ``{"type": "text", "text"}``, ``{"type": "image", "image": PIL image}`` and ``{"type": "video",
+"video": path}``: what AutoModel's own VLM collate functions read as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+ROLES = ("system", "user", "assistant")
+RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Tokens that structure a conversation; inside a text they would move its turns or images."""
+
+_PLACEHOLDER = re.compile(r"<(image|video)>")
+_SOURCE_KEYS = {"image": ("image", "path", "url", "bytes", "base64"), "video": ("video", "path", "url")}
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # JPEG, PNG, GIF, WebP
+_BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+
+
+@dataclass(frozen=True)
+class MediaSource:
+    """Where an image or a video comes from; nothing is opened before ``open_image``."""
+
+    kind: str
+    """``image`` or ``video``."""
+    path: Path | None = None
+    """File, or None if the bytes are in the line."""
+    encoded: str | None = None
+    """Base64 text of the bytes, or None."""
+
+    def open_image(self, *, header_only: bool = False) -> Image.Image:
+        """Read the image as RGB, turned upright by its EXIF tag.
+
+        Args:
+            header_only: Only see that it exists and is an image; pixels stay unread.
+
+        Raises:
+            ValueError: If it is missing or not readable as an image.
+        """
+        name = str(self.path) if self.path is not None else "given as bytes"
+        if self.path is not None and not self.path.is_file():
+            raise ValueError(f"image file {name} does not exist")
+        try:
+            if self.path is not None:
+                stream: Any = self.path
+            else:
+                stream = io.BytesIO(base64.b64decode("".join((self.encoded or "").split()), validate=True))
+            with Image.open(stream) as image:
+                return image if header_only else ImageOps.exif_transpose(image).convert("RGB")
+        except binascii.Error as error:
+            raise ValueError(f"image bytes are not base64 ({error})") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image {name} cannot be read ({one_line(error)})") from error
+
+    def check(self) -> None:
+        """Raise ValueError unless the file exists and, for an image, its header can be read."""
+        if self.kind == "image":
+            self.open_image(header_only=True)
+        elif self.path is None or not self.path.is_file():
+            raise ValueError(f"video file {self.path} does not exist")
+
+
+def parse_record(record: object, root_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Turn one JSON object into a conversation whose images are still closed (``MediaSource``).
+
+    Args:
+        record: ``{"messages": [...], "images": [...], "videos": [...], <metadata>}``. A content is a text, in which each
+            ``<image>`` or ``<video>`` stands for the next entry of ``images`` or ``videos``, or a list of typed parts; an
+            image part without a source takes the next entry of ``images`` too.
+        root_dir: Folder that relative paths start from.
+
+    Returns:
+        The conversation, and all other keys of the record.
+
+    Raises:
+        ValueError: If the structure is wrong, there is no assistant turn, an answer is empty, or placeholders and
+            entries do not match.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a line must be a JSON object, got {type(record).__name__}")
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'messages' must be a non-empty list, got {short(messages)}")
+    pools: dict[str, list[MediaSource]] = {}
+    for kind in ("image", "video"):
+        entries = record.get(f"{kind}s")
+        entries = [] if entries is None else entries
+        if not isinstance(entries, list):
+            raise ValueError(f"'{kind}s' must be a list, got {short(entries)}")
+        pools[kind] = [_media_source(kind, entry, root_dir) for entry in entries]
+    feeds = {kind: iter(pool) for kind, pool in pools.items()}
+    wanted = {"image": 0, "video": 0}
+    conversation = [_parse_message(message, i, feeds, wanted, root_dir) for i, message in enumerate(messages)]
+    for kind, pool in pools.items():
+        if wanted[kind] != len(pool):
+            raise ValueError(f"{wanted[kind]} {kind} placeholders in 'messages' but {len(pool)} entries in '{kind}s'")
+    if not any(message["role"] == "assistant" for message in conversation):
+        raise ValueError("no assistant turn in 'messages', there is nothing to learn from")
+    meta = {key: value for key, value in record.items() if key not in ("messages", "images", "videos")}
+    return conversation, meta
+
+
+def _parse_message(
+    message: object, index: int, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
+) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} must be an object with 'role' and 'content', got {short(message)}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {short(role)}")
+    if isinstance(content, str):
+        parts = _split_placeholders(content, feeds, wanted)
+    elif isinstance(content, list):
+        parts = [_parse_part(part, f"{where}.content[{i}]", feeds, wanted, root_dir) for i, part in enumerate(content)]
+    else:
+        raise ValueError(f"{where}: content must be a text or a list of parts, got {short(content)}")
+    for part in parts:
+        if part["type"] == "text" and (found := next((t for t in RESERVED_TOKENS if t in part["text"]), None)):
+            raise ValueError(f"{where}: the text holds {found}, which the chat template reserves")
+    if role == "assistant":
+        if any(part["type"] != "text" for part in parts):
+            raise ValueError(f"{where}: an assistant turn must be text only")
+        if not "".join(part["text"] for part in parts).strip():
+            raise ValueError(f"{where}: the answer of the assistant is empty")
+    return {"role": role, "content": parts}
+
+
+def _parse_part(
+    part: object, where: str, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
+) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise ValueError(f"{where} must be an object with 'type', got {short(part)}")
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}: 'text' must be a text, got {short(part.get('text'))}")
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        url = part.get("image_url")
+        return {"type": "image", "image": _media_source("image", url, root_dir)}
+    if kind not in _SOURCE_KEYS:
+        raise ValueError(f"{where}: type must be one of text, image, image_url, video, got {short(kind)}")
+    if any(part.get(key) is not None for key in _SOURCE_KEYS[kind]):
+        return {"type": kind, kind: _media_source(kind, part, root_dir)}
+    wanted[kind] += 1
+    return {"type": kind, kind: next(feeds[kind], None)}
+
+
+def _split_placeholders(
+    text: str, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int]
+) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    cursor = 0
+    for match in _PLACEHOLDER.finditer(text):
+        if match.start() > cursor:
+            parts.append({"type": "text", "text": text[cursor : match.start()]})
+        kind = match.group(1)
+        wanted[kind] += 1
+        parts.append({"type": kind, kind: next(feeds[kind], None)})
+        cursor = match.end()
+    if cursor < len(text) or not parts:
+        parts.append({"type": "text", "text": text[cursor:]})
+    return parts
+
+
+def _media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:
+    """Read a path, a data URI, base64 text, or an object that holds one of them."""
+    if isinstance(entry, dict):
+        given = {key: entry[key] for key in _SOURCE_KEYS[kind] if entry.get(key) is not None}
+        for key in ("bytes", "base64"):
+            if isinstance(given.get(key), str) and not given[key].startswith("data:"):
+                return MediaSource(kind, encoded=given[key])
+        entry = next(iter(given.values()), None)
+        if isinstance(entry, dict):
+            return _media_source(kind, entry, root_dir)
+    if not isinstance(entry, str) or not entry:
+        raise ValueError(
+            f"{kind} must be a path{', a data: URI or base64 bytes' * (kind == 'image')}, got {short(entry)}"
+        )
+    if entry.startswith("data:") and kind == "image":
+        header, comma, payload = entry.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise ValueError(f"image data: URI must be 'data:<type>;base64,<bytes>', got {short(entry)}")
+        return MediaSource(kind, encoded=payload)
+    if re.match(r"(?i)(https?|ftp|s3|gs)://", entry):
+        raise ValueError(f"{kind} must be a local file, got the address {short(entry)}")
+    if kind == "image" and entry.startswith(_BASE64_STARTS) and len(entry) >= 64 and _BASE64_TEXT.fullmatch(entry):
+        return MediaSource(kind, encoded=entry)
+    path = Path(entry.removeprefix("file://"))
+    return MediaSource(kind, path=path if path.is_absolute() else root_dir / path)
+
+
+def split_last_response(conversation: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Split a conversation before its last assistant turn.
+
+    Args:
+        conversation: Turns with typed parts or text; not modified.
+
+    Returns:
+        The turns before the last assistant turn, and that turn's text.
+
+    Raises:
+        ValueError: If there is no assistant turn.
+    """
+    for index in range(len(conversation) - 1, -1, -1):
+        if conversation[index]["role"] == "assistant":
+            content = conversation[index]["content"]
+            text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            return conversation[:index], text
+    raise ValueError("no assistant turn in the conversation")
+
+
+def short(value: object, width: int = 60) -> str:
+    """``repr`` of a value on one line of at most ``width`` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

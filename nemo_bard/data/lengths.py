@@ -1,0 +1,225 @@
+"""How long the training rows of a data set are, without reading pixels: measured once, kept in a file.
+
+What is measured does not depend on block size, supervised turns or an anchor, so that all stages of a chain share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nemo_bard.data.collate import BlockDiffusionCollator, Outline
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of the file; part of its name."""
+_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSizes:
+    """Where responses and media of each of ``n`` samples lie, in tokens of its conversation."""
+
+    response_edges: np.ndarray
+    """``[n + 1]`` int64: sample ``i`` has ``responses[response_edges[i] : response_edges[i + 1]]``, at least one."""
+    responses: np.ndarray
+    """Half-open spans, ``[*, 2]`` int32."""
+    media_edges: np.ndarray
+    """``[n + 1]`` int64, the same for ``media``."""
+    media: np.ndarray
+    """First placeholder and number of tokens of every image and video, ``[*, 2]`` int32."""
+
+    @classmethod
+    def from_outlines(cls, outlines: list[Outline]) -> SampleSizes:
+        """Join the outlines of a data set's samples, in order."""
+
+        def edges(counts: list[int]) -> np.ndarray:
+            return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+        def join(pairs: list[Any]) -> np.ndarray:
+            return np.array([pair for sample in pairs for pair in sample], dtype=np.int32).reshape(-1, 2)
+
+        responses, media = [o.responses for o in outlines], [o.media for o in outlines]
+        return cls(
+            response_edges=edges([len(r) for r in responses]),
+            responses=join(responses),
+            media_edges=edges([len(m) for m in media]),
+            media=join(media),
+        )
+
+    def __len__(self) -> int:
+        return len(self.response_edges) - 1
+
+    def _kept(self, block_size: int) -> np.ndarray:
+        """Context tokens that are laid out, ``[n]`` (``layout.sample_layout``)."""
+        start, end = self.responses[self.response_edges[1:] - 1].astype(np.int64).T
+        return start + (end - start - 1) // block_size * block_size
+
+    def row_lengths(
+        self,
+        block_size: int,
+        *,
+        turns: str = "all",
+        anchor_block_size: int | None = None,
+        noisy_copies: int = 1,
+        next_token: bool = False,
+    ) -> np.ndarray:
+        """Tokens of every sample's training row, ``[n]`` int64; arguments as ``BlockDiffusionCollator``'s."""
+        sizes = (self.responses[:, 1] - self.responses[:, 0]).astype(np.int64)
+        padded = -(-sizes // block_size) * block_size
+        last = self.response_edges[1:] - 1
+        noisy = padded[last] if turns == "last" else np.add.reduceat(padded, self.response_edges[:-1])
+        kept = self.responses[last, 1].astype(np.int64) if next_token else self._kept(anchor_block_size or block_size)
+        return kept + noisy_copies * noisy
+
+    def vision_tokens(self, block_size: int, *, anchor_block_size: int | None = None) -> np.ndarray:
+        """Image and video tokens of every sample's training row, ``[n]`` int64."""
+        owner = np.repeat(np.arange(len(self)), np.diff(self.media_edges))
+        laid_out = self.media[:, 0] < self._kept(anchor_block_size or block_size)[owner]
+        counts = np.bincount(owner, weights=self.media[:, 1] * laid_out, minlength=len(self))
+        return counts.astype(np.int64)
+
+    def save(self, path: Path) -> None:
+        """Write the file, at once or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.stem}.{os.getpid()}.unfinished.npz")
+        np.savez(unfinished, **{field.name: getattr(self, field.name) for field in fields(self)})
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> SampleSizes:
+        """Read a file written by ``save``.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(**{field.name: file[field.name] for field in fields(cls)})
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); delete it") from error
+
+
+class _Chunks:
+    """Outlines of ``_CHUNK`` samples each, for a data loader's workers."""
+
+    def __init__(self, dataset: Any, collator: BlockDiffusionCollator) -> None:
+        self.dataset, self.collator = dataset, collator
+        self.read = getattr(dataset, "peek", dataset.__getitem__)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // _CHUNK)
+
+    def __getitem__(self, index: int) -> list[Outline]:
+        indices = range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.dataset)))
+        return [self.collator.outline(self.read(i)) for i in indices]
+
+
+def _as_it_is(value: list[Outline]) -> list[Outline]:
+    return value
+
+
+def last_line_of_worker_error(error: ValueError) -> ValueError:
+    """The error that a user needs from one that a data loader's worker sent, whose message is its traceback."""
+    lines = str(error).strip().splitlines()
+    if not lines or "DataLoader worker" not in lines[0]:
+        return error
+    return ValueError(lines[-1].removeprefix("ValueError: "))
+
+
+def measure(dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int = 0) -> SampleSizes:
+    """Measure every sample of a data set.
+
+    Args:
+        dataset: Sized and map-style. If it has ``peek(index)``, that is read instead of an item: the same with images
+            that know their ``size`` only.
+        collator: What will lay the samples out.
+        num_workers: Processes that measure.
+
+    Returns:
+        The sizes, in the data set's order.
+
+    Raises:
+        ValueError: If a sample cannot be trained on; names it.
+    """
+    loader = DataLoader(_Chunks(dataset, collator), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    outlines: list[Outline] = []
+    progress = tqdm(total=len(dataset), desc="measuring samples", unit="sample", disable=None, delay=2)
+    with progress:
+        for chunk in _reraised(iter(loader)):
+            outlines += chunk
+            progress.update(len(chunk))
+    return SampleSizes.from_outlines(outlines)
+
+
+def _reraised(items: Iterator[list[Outline]]) -> Iterator[list[Outline]]:
+    try:
+        yield from items
+    except ValueError as error:
+        raise last_line_of_worker_error(error) from error
+
+
+def measured_once(
+    dataset: Any,
+    collator: BlockDiffusionCollator,
+    cache_dir: Path,
+    *,
+    num_workers: int = 0,
+) -> tuple[SampleSizes, Path | None]:
+    """``measure``, or what an earlier call wrote into ``cache_dir`` for the same data set and processor.
+
+    Args:
+        dataset: With ``fingerprint()``, a text that changes with its samples; without, nothing is kept.
+        collator: See ``measure``.
+        cache_dir: Folder of the files; made if needed.
+        num_workers: See ``measure``.
+
+    Returns:
+        The sizes, and their file (None if nothing is kept).
+
+    Raises:
+        ValueError: As ``measure``, and if the file cannot be read or holds another number of samples.
+    """
+    if not hasattr(dataset, "fingerprint"):
+        logger.warning("%s has no fingerprint(): its samples are measured at every start", type(dataset).__name__)
+        return measure(dataset, collator, num_workers=num_workers), None
+    path = cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz"
+    if path.is_file():
+        sizes = SampleSizes.load(path)
+        if len(sizes) != len(dataset):
+            raise ValueError(f"{path} holds {len(sizes)} samples, the data set {len(dataset)}; delete the file")
+        return sizes, path
+    sizes = measure(dataset, collator, num_workers=num_workers)
+    sizes.save(path)
+    logger.info("lengths of %d samples written to %s", len(sizes), path)
+    return sizes, path
+
+
+def _key(fingerprint: str, collator: BlockDiffusionCollator) -> str:
+    """Digest of all that an outline depends on."""
+    processor, config = collator.processor, collator.config
+    parts = [
+        FORMAT,
+        fingerprint,
+        json.dumps(processor.chat_template, sort_keys=True),
+        processor.tokenizer.backend_tokenizer.to_str(),
+        *(getattr(processor, name).to_json_string() for name in ("image_processor", "video_processor")),
+        config.assistant_header_ids,
+        config.end_ids,
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_config.spatial_merge_size,
+    ]
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]

@@ -1,0 +1,90 @@
+"""Videos of a conversation: frames read with whatever decoder is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "torchvision": "torchvision"}
+"""Decoder of transformers -> module that it needs, the preferred one first."""
+
+
+def find_decoder() -> str:
+    """Return the name of the video decoder to use.
+
+    Raises:
+        ValueError: If none is installed; says what to install.
+    """
+    from transformers.video_utils import is_torchvision_video_decoding_available
+
+    for name, module in DECODERS.items():
+        if find_spec(module) is None or (name == "torchvision" and not is_torchvision_video_decoding_available()):
+            continue
+        return name
+    raise ValueError("no video decoder is installed; run `pip install av` (or torchcodec), or pass images")
+
+
+def read_video(path: str | os.PathLike, video_processor: Any) -> tuple[Any, Any]:
+    """Read the frames that a processor samples.
+
+    Args:
+        path: Video file.
+        video_processor: Its ``sample_frames`` picks the frames, its ``fps`` says how many.
+
+    Returns:
+        Frames ``[frames, height, width, 3]`` (or channels first, as the decoder gives them) and their metadata.
+
+    Raises:
+        ValueError: If the file does not exist or is no video, or no decoder is installed.
+    """
+    from transformers.video_utils import load_video
+
+    if not Path(path).is_file():
+        raise ValueError(f"video file {path} does not exist")
+    decoder = find_decoder()
+    sample = functools.partial(video_processor.sample_frames, fps=video_processor.fps)
+    try:
+        return load_video(str(path), backend=decoder, sample_indices_fn=lambda metadata, **_: sample(metadata=metadata))
+    except Exception as error:  # the decoders' own exception classes have no common base
+        raise ValueError(f"video {path} cannot be read with {decoder} ({' '.join(str(error).split())})") from error
+
+
+def prepare_videos(
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+) -> tuple[list[list[dict[str, Any]]], dict[str, Any]]:
+    """Replace the paths of videos by frames.
+
+    Args:
+        processor: A Qwen3-VL processor.
+        conversations: Turns with typed parts; not modified.
+
+    Returns:
+        The conversations, and keyword arguments for the processor: what it has to know about frames already sampled.
+
+    Raises:
+        ValueError: As ``read_video``.
+    """
+    metadata: list[Any] = []
+
+    def opened(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "video":
+            return part
+        frames, info = read_video(part["video"], processor.video_processor)
+        metadata.append(info)
+        return {**part, "video": frames}
+
+    prepared = [
+        [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [opened(part) for part in message["content"]]}
+            for message in conversation
+        ]
+        for conversation in conversations
+    ]
+    return prepared, {"video_metadata": metadata, "do_sample_frames": False} if metadata else {}
