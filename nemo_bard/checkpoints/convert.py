@@ -12,15 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_bard.base.files import link_or_copy, write_whole
 from nemo_bard.checkpoints.folder import (
     WEIGHTS_INDEX,
     check_target,
     copy_companions,
-    link_or_copy,
     read_header,
     read_json,
     weight_files,
-    write_whole,
 )
 from nemo_bard.method.layout import check_block_size, check_context_attention
 from nemo_bard.upstream.transformers import MODEL_CLASS, MODEL_TYPE

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,34 +153,3 @@ def copy_companions(source: Path, folder: Path) -> set[str]:
             shutil.copyfile(path, folder / path.name)
         names.add(path.name)
     return names
-
-
-def link_or_copy(path: Path, target: Path) -> bool:
-    """Hard-link ``path`` (through symbolic links) to ``target``, else copy it in pieces; returns whether it was linked."""
-    try:
-        os.link(path.resolve(), target)
-    except OSError as error:
-        logger.info("cannot hard-link %s (%s); copying it", path, error.strerror)
-        shutil.copyfile(path, target)
-        return False
-    return True
-
-
-@contextmanager
-def write_whole(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``target``; rename it to ``target`` on success (replacing it), remove it on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        if target.exists():
-            old = folder.with_name(folder.name + ".old")
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nemo_bard.base.files import write_whole
 from nemo_bard.checkpoints.folder import (
     WEIGHTS_INDEX,
     check_target,
@@ -23,7 +24,6 @@ from nemo_bard.checkpoints.folder import (
     read_header,
     read_json,
     weight_files,
-    write_whole,
 )
 from nemo_bard.upstream.transformers import MODEL_TYPE
 

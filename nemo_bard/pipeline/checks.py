@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.base.files import LOCK, read_json
 from nemo_bard.checkpoints.folder import read_model_type
 from nemo_bard.method.layout import check_anchor_block_size
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.evaluation import open_samples
 from nemo_bard.pipeline.job import ANCHOR_KEY, INIT_KEY, Job, Stage
 from nemo_bard.train.config import check_batch_sizes, validate_recipe
@@ -197,9 +198,9 @@ def check_run_dir(job: Job) -> None:
     Raises:
         ValueError: If it holds another pipeline's run, or files of no run.
     """
-    identity = files.read_json(job.run_dir / files.IDENTITY)
+    identity = read_json(job.run_dir / manifest.IDENTITY)
     if identity is None:
-        own = (job.run_dir / files.LOCK, Path(job.launch.get("folder", files.LOCK)).absolute())
+        own = (job.run_dir / LOCK, Path(job.launch.get("folder", LOCK)).absolute())
         strangers = [p.name for p in job.run_dir.iterdir() if p not in own] if job.run_dir.is_dir() else []
         if strangers:
             raise ValueError(f"run_dir {job.run_dir} holds {strangers[0]} and is no run of a pipeline; use another")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.base.files import read_json, write_json
 from nemo_bard.checkpoints.folder import read_model_type
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import Preempted, World
 
@@ -61,7 +62,7 @@ def decoding(folder: Path | None, settings: dict[str, Any]) -> Any:
 def request(job: Job, content: str) -> str:
     """Digest of what a score depends on, the export's content among it."""
     settings = {key: value for key, value in job.evaluation.items() if key != "pictures"}
-    return files.digest({"settings": settings, "content": content})
+    return manifest.digest({"settings": settings, "content": content})
 
 
 def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: str, *, last: bool) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
         Preempted: On every rank, if a signal came on any.
     """
     wanted = request(job, content)
-    old = world.on_main(lambda: files.read_json(stage.folder / files.EVAL))
+    old = world.on_main(lambda: read_json(stage.folder / manifest.EVAL))
     if old is not None and old["request"] == wanted:
         return old
     results = world.gather(_evaluate_share(job, world, export, last and world.is_main))
@@ -90,7 +91,7 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
         raise Preempted
     scored = {"request": wanted, "stage": stage.name, **merge([part for part in results if part is not None])}
     if world.is_main:
-        files.write_json(stage.folder / files.EVAL, scored)
+        write_json(stage.folder / manifest.EVAL, scored)
     world.barrier()
     return scored
 

@@ -5,19 +5,16 @@ A stage is finished when its ``manifest.json`` is there; it is written after eve
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.checkpoints.folder import link_or_copy, read_header, write_whole
+from nemo_bard.base.files import link_or_copy, read_json, sync_folder, sync_tree, write_json, write_text, write_whole
+from nemo_bard.checkpoints.folder import read_header
 from nemo_bard.pipeline.job import OWN_KEYS, RUN_DIR, Job, Stage
 from nemo_bard.train.recipe_file import translate
 
@@ -26,9 +23,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, STARTED, STAGE_YAML, PROGRESS, EVAL = (
     "manifest.json", "started.json", "stage.yaml", "progress.json", "eval.json",
 )  # fmt: skip
-IDENTITY, COMPOSED, LOCK = "pipeline.json", "pipeline.yaml", ".lock"
-LOCK_WAIT_SECONDS = 20.0
-"""Workers of the data loaders of a killed run notice its end within seconds; they hold the lock until then."""
+IDENTITY, COMPOSED = "pipeline.json", "pipeline.yaml"
 EXPORTED = Path("model/consolidated")
 INCOMPLETE = ".incomplete"
 """Upstream's mark of a checkpoint that is being written (components/checkpoint/utils.py, 0.7.0)."""
@@ -41,114 +36,6 @@ NOT_COMPARED = (
     "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
 )  # fmt: skip
 """Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
-
-
-# ------------------ files ------------------
-def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all, and onto the disk."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside ``path``, flush it to the disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(path: Path) -> None:
-    """Bring every file of a folder, and their names, onto the disk."""
-    for entry in [path, *path.rglob("*")]:
-        if entry.is_symlink():
-            continue
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or None if there is no such file.
-
-    Raises:
-        ValueError: If it is there and no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}); delete it or use another run_dir") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object; delete it or use another run_dir")
-    return value
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory; the lock goes with the process, however it ends.
-
-    Raises:
-        ValueError: If another run holds it.
-    """
-    import fcntl
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    with (run_dir / LOCK).open("a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
-                time.sleep(0.5)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def is_locked(run_dir: Path) -> bool:
-    """Whether a run on this machine holds the directory now."""
-    import fcntl
-
-    try:
-        with (run_dir / LOCK).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def ran_here(run_dir: Path) -> bool:
-    """Whether the last run was on this machine, so that its lock can be relied on."""
-    file = run_dir / LOCK
-    return not file.is_file() or file.read_text().rpartition(" on ")[2] == os.uname().nodename
 
 
 # ------------------ digests ------------------

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from nemo_bard.base.console import allow_all_lines, keep_to_own_lines
+from nemo_bard.base.files import locked, read_json, write_json, write_text, write_whole
 from nemo_bard.checkpoints.folder import read_model_type
 from nemo_bard.launch.local import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
-from nemo_bard.pipeline import checks
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import checks, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
 from nemo_bard.pipeline.job import Job, Stage, make_job
@@ -96,7 +96,7 @@ class Pipeline:
         checks.check_world(job, launcher.world_size(job.launch, processes))
         parts = [*(stage.name for stage in job.stages), REPORT]
         code = launcher.start(job.launch, parts, config_path, list(overrides), processes)
-        if launcher.elsewhere and files.read_json(job.run_dir / files.IDENTITY) is None:
+        if launcher.elsewhere and read_json(job.run_dir / manifest.IDENTITY) is None:
             take_run_dir(job)  # for `nemo-bard status` until the first worker does it
         return code
 
@@ -117,7 +117,7 @@ class Pipeline:
         checks.check_run_dir(self.job)
         checks.check_chain(self.job)
         checks.check_world(self.job, self.world.size)
-        self._held.enter_context(files.locked(self.job.run_dir))
+        self._held.enter_context(locked(self.job.run_dir))
         take_run_dir(self.job)
 
     def run_train_validation_loop(self) -> int:
@@ -146,8 +146,8 @@ class Pipeline:
         """Bring one stage to its end and score it; False if a signal came first."""
         number = [s.name for s in self.job.stages].index(stage.name) + 1
         head = f"[{number}/{len(self.job.stages)}] {stage.name}"
-        manifest = self.world.on_main(lambda: files.finished(stage, self.job))
-        if manifest is not None:
+        record = self.world.on_main(lambda: manifest.finished(stage, self.job))
+        if record is not None:
             self.say(f"{head}: finished before")
         else:
             self.world.on_main(lambda: self._refuse_finished_successors(stage))
@@ -161,14 +161,14 @@ class Pipeline:
                     return False
             else:
                 self.world.on_main(lambda: self._make(stage))
-            manifest = self.world.on_main(lambda: self._finish(stage, started, time.monotonic() - begin))
-        self._known = manifest
+            record = self.world.on_main(lambda: self._finish(stage, started, time.monotonic() - begin))
+        self._known = record
         if stage.evaluate and self.job.evaluation["data"] is not None:
             if self.world.should_stop():
                 return False
-            export = self.job.run_dir / manifest["export"]
+            export = self.job.run_dir / record["export"]
             last = stage.name == [s.name for s in self.job.stages if s.evaluate][-1]
-            scored = evaluate_stage(stage, self.job, self.world, export, manifest["content"], last=last)
+            scored = evaluate_stage(stage, self.job, self.world, export, record["content"], last=last)
             scores = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f} %" for name, v in scored["scores"].items())
             self.say(f"{head}: {scores}, {scored['tpf']:.2f} tokens per forward")
         return not self.world.should_stop() or stage is self.job.stages[-1]
@@ -188,7 +188,7 @@ class Pipeline:
     def _refuse_finished_successors(self, stage: Stage) -> None:
         """A stage whose export went into a finished one is not made anew behind its back, except to the same end."""
         readers = [
-            s for s in self.job.stages if stage.name in s.inputs.values() and (s.folder / files.MANIFEST).exists()
+            s for s in self.job.stages if stage.name in s.inputs.values() and (s.folder / manifest.MANIFEST).exists()
         ]
         if readers:
             logger.warning(
@@ -199,19 +199,19 @@ class Pipeline:
 
     def _start(self, stage: Stage) -> dict[str, Any]:
         """Write what the stage is made from, or compare with what it was begun with; rank 0."""
-        old = files.read_json(stage.folder / files.STARTED)
-        now = files.describe(stage, self.job, old or self._known)
-        if old is not None and files.newest_checkpoint(stage.checkpoints)[0] is not None:
-            files.check_same(stage, self.job, old, now, "begun")
+        old = read_json(stage.folder / manifest.STARTED)
+        now = manifest.describe(stage, self.job, old or self._known)
+        if old is not None and manifest.newest_checkpoint(stage.checkpoints)[0] is not None:
+            manifest.check_same(stage, self.job, old, now, "begun")
             if old["processes"] != self.world.size:
                 raise ValueError(
                     f"stage {stage.name} was begun with {old['processes']} processes, now there are {self.world.size};"
                     f" the order of its data would change: start as many, or delete {stage.folder}"
                 )
         started = {**now, "processes": self.world.size}
-        files.write_json(stage.folder / files.STARTED, started)
+        write_json(stage.folder / manifest.STARTED, started)
         if stage.recipe is not None:
-            files.write_text(stage.folder / files.STAGE_YAML, dump(stage.recipe))
+            write_text(stage.folder / manifest.STAGE_YAML, dump(stage.recipe))
         return started
 
     def _make(self, stage: Stage) -> None:
@@ -219,7 +219,7 @@ class Pipeline:
         if stage.kind == "tiny":
             from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 
-            with files.write_whole(stage.export) as folder:
+            with write_whole(stage.export) as folder:
                 make_tiny_qwen3_vl(folder, seed=stage.settings["seed"])
             return
         from nemo_bard.checkpoints.convert import convert
@@ -229,7 +229,7 @@ class Pipeline:
         if not isinstance(source, Path):
             source = checks.download(f"stage.{stage.name}", name)
         if read_model_type(source) == "bard_vl":
-            files.link_export(source, stage.export)
+            manifest.link_export(source, stage.export)
             return
         convert(source, stage.export, **stage.settings, overwrite=stage.export.exists())
 
@@ -238,13 +238,13 @@ class Pipeline:
         if stage.kind == "recipe":
             source = final_export(stage)
             assert source is not None
-            files.link_export(source, stage.export)
-            progress = files.read_json(stage.folder / files.PROGRESS) or {}
+            manifest.link_export(source, stage.export)
+            progress = read_json(stage.folder / manifest.PROGRESS) or {}
             seconds = progress.get("seconds", seconds)
-        manifest = files.finish(stage, self.job, started, seconds=seconds, finished_at=time.time())
+        record = manifest.finish(stage, self.job, started, seconds=seconds, finished_at=time.time())
         self.say(f"      {stage.name}: done in {duration(seconds)}, {stage.export}")
         note_progress()
-        return manifest
+        return record
 
     def _report(self) -> None:
         path = write_report(self.job.run_dir)
@@ -277,8 +277,8 @@ def check_early(job: Job) -> None:
 def take_run_dir(job: Job) -> None:
     """Say in the run directory which pipeline it belongs to, and how it was composed."""
     identity = {"pipeline": job.name, "stages": [stage.name for stage in job.stages]}
-    files.write_json(job.run_dir / files.IDENTITY, identity)
-    files.write_text(job.run_dir / files.COMPOSED, dump(job.config))
+    write_json(job.run_dir / manifest.IDENTITY, identity)
+    write_text(job.run_dir / manifest.COMPOSED, dump(job.config))
 
 
 def dump(value: Mapping[str, Any]) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from nemo_bard.base.files import is_locked, ran_here, read_json
 from nemo_bard.launch.slurm import find_job
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import manifest
 from nemo_bard.report.run import duration
 
 STALE_SECONDS = 300.0
@@ -67,15 +68,17 @@ def read_status(run_dir: Path) -> RunStatus:
     Raises:
         ValueError: If it is no run of a pipeline.
     """
-    identity = files.read_json(run_dir / files.IDENTITY)
+    identity = read_json(run_dir / manifest.IDENTITY)
     if identity is None:
-        raise ValueError(f"{run_dir} is no run directory of a pipeline: it has no {files.IDENTITY}")
-    config = yaml.safe_load((run_dir / files.COMPOSED).read_text()) if (run_dir / files.COMPOSED).is_file() else {}
+        raise ValueError(f"{run_dir} is no run directory of a pipeline: it has no {manifest.IDENTITY}")
+    config = (
+        yaml.safe_load((run_dir / manifest.COMPOSED).read_text()) if (run_dir / manifest.COMPOSED).is_file() else {}
+    )
     outputs = {name: section.get("output") or name for name, section in (config.get("stage") or {}).items()}
     folders = {name: run_dir / outputs.get(name, name) for name in identity["stages"]}
-    written = [file.stat().st_mtime for folder in folders.values() if (file := folder / files.PROGRESS).is_file()]
-    running = files.is_locked(run_dir)
-    if not running and not files.ran_here(run_dir):
+    written = [file.stat().st_mtime for folder in folders.values() if (file := folder / manifest.PROGRESS).is_file()]
+    running = is_locked(run_dir)
+    if not running and not ran_here(run_dir):
         running = time.time() - max(written, default=0.0) < FRESH_SECONDS
     job, queue = _find_job(run_dir, config)
     running = running or (queue is not None and queue.split()[0] in ("RUNNING", "COMPLETING"))
@@ -99,16 +102,16 @@ def _find_job(run_dir: Path, config: Mapping[str, Any]) -> tuple[str | None, str
 
 
 def _read_stage(name: str, folder: Path, running: bool) -> StageStatus:
-    manifest, progress = files.read_json(folder / files.MANIFEST), files.read_json(folder / files.PROGRESS) or {}
+    record, progress = read_json(folder / manifest.MANIFEST), read_json(folder / manifest.PROGRESS) or {}
     known = {
         "steps": progress.get("steps"),
         "max_steps": progress.get("max_steps"),
         "loss": progress.get("loss"),
-        "evaluation": files.read_json(folder / files.EVAL),
+        "evaluation": read_json(folder / manifest.EVAL),
     }
-    if manifest is not None:
-        return StageStatus(name=name, state="finished", seconds=manifest.get("seconds"), **known)
-    if not (folder / files.STARTED).is_file():
+    if record is not None:
+        return StageStatus(name=name, state="finished", seconds=record.get("seconds"), **known)
+    if not (folder / manifest.STARTED).is_file():
         return StageStatus(name=name, state="waiting")
     age = time.time() - progress["time"] if progress else None
     state = "running" if running else "stopped"

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.base.files import read_json, sync_tree, write_json
 from nemo_bard.launch.local import PREEMPTION_SIGNALS, note_progress
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import World
 from nemo_bard.report.run import duration
@@ -40,7 +41,7 @@ def train(stage: Stage, job: Job, world: World) -> bool:
         RuntimeError: If the recipe ended without either.
     """
     resume = world.on_main(lambda: prepare_resume(stage))
-    path = stage.folder / files.STAGE_YAML
+    path = stage.folder / manifest.STAGE_YAML
     recipe_class = load_recipe_class(path, stage.recipe)
     config = load_config(path, [])
     config.set_by_dotted("checkpoint.restore_from", None if resume is None else str(resume))
@@ -64,10 +65,10 @@ def train(stage: Stage, job: Job, world: World) -> bool:
 
 def prepare_resume(stage: Stage) -> Path | None:
     """Name and set aside damaged checkpoints, cut the metrics back, and return where to go on from, if anywhere."""
-    newest, wrong = files.newest_checkpoint(stage.checkpoints)
+    newest, wrong = manifest.newest_checkpoint(stage.checkpoints)
     for line in wrong:
         logger.warning("checkpoint not used: %s", line)
-    files.set_aside(wrong)
+    manifest.set_aside(wrong)
     steps = 0
     if newest is not None:
         import torch
@@ -77,14 +78,14 @@ def prepare_resume(stage: Stage) -> Path | None:
     elif wrong:
         logger.warning("stage %s starts again: none of its checkpoints is whole", stage.name)
     for name in ("training.jsonl", "validation.jsonl"):
-        files.keep_steps(stage.checkpoints / name, steps)
+        manifest.keep_steps(stage.checkpoints / name, steps)
     return newest
 
 
 def final_export(stage: Stage) -> Path | None:
     """The Hugging Face folder inside the final checkpoint; None while there is none."""
-    newest, _ = files.newest_checkpoint(stage.checkpoints)
-    folder = None if newest is None else newest / files.EXPORTED
+    newest, _ = manifest.newest_checkpoint(stage.checkpoints)
+    folder = None if newest is None else newest / manifest.EXPORTED
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
@@ -97,7 +98,7 @@ class Watch:
 
     def __init__(self, recipe: Any, stage: Stage, world: World) -> None:
         self.recipe, self.stage, self.world, self.is_main = recipe, stage, world, world.is_main
-        before = (files.read_json(stage.folder / files.PROGRESS) or {}) if world.is_main else {}
+        before = (read_json(stage.folder / manifest.PROGRESS) or {}) if world.is_main else {}
         self.seconds = float(before.get("seconds", 0.0))
         self.host_memory = float(before.get("host_memory_gib", 0.0))
         self.device_memory = float(before.get("device_memory_gib", 0.0))
@@ -131,7 +132,7 @@ class Watch:
     def settle(self, path: str) -> None:
         """Bring a written checkpoint onto the disk on every machine, before it counts as whole."""
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            files.sync_tree(Path(path))
+            sync_tree(Path(path))
         self.world.barrier()
 
     def saving(self) -> None:
@@ -174,8 +175,8 @@ class Watch:
         left = None if self.step_seconds is None else (scheduler.max_steps - done) * self.step_seconds
         loss = None if sample is None else float(sample.metrics["loss"])
         self.written = time.monotonic()
-        files.write_json(
-            self.stage.folder / files.PROGRESS,
+        write_json(
+            self.stage.folder / manifest.PROGRESS,
             {
                 "steps": done,
                 "max_steps": int(scheduler.max_steps),

@@ -6,12 +6,13 @@ import base64
 import html
 import json
 import logging
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nemo_bard.base.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -304,8 +305,8 @@ def write_report(run_dir: Path) -> Path:
             page.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
     markdown.append(f"## Try it\n\n```\n{command}\n```\n")
     page.append(f"<h2>Try it</h2><pre>{html.escape(command)}</pre>")
-    _replace(run_dir / "report.md", "\n".join(markdown))
-    _replace(
+    write_text(run_dir / "report.md", "\n".join(markdown))
+    write_text(
         run_dir / "report.html",
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(name)}</title><style>{STYLE}</style>\n<h1>{html.escape(name)}</h1>"
@@ -320,9 +321,3 @@ def where_it_ran(records: Sequence[StageRecord]) -> str:
     processes = manifest.get("processes", 1)
     known = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
     return f"{processes} process{'es' if processes > 1 else ''}; {known}."
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nemo_bard.base.files import link_or_copy
 from nemo_bard.checkpoints.convert import choose_mask_token_id, convert, spell_rope_twice
-from nemo_bard.checkpoints.folder import link_or_copy
 from nemo_bard.checkpoints.tiny import make_tokenizer
 from nemo_bard.cli.app import main
 from nemo_bard.generation.settings import BardGenerationConfig
@@ -109,7 +109,7 @@ def test_copies_shards_where_links_are_impossible(source, tmp_path, monkeypatch)
         raise OSError(18, "Invalid cross-device link")
 
     shards = shard(source)
-    monkeypatch.setattr("nemo_bard.checkpoints.folder.os.link", refuse)
+    monkeypatch.setattr("nemo_bard.base.files.os.link", refuse)
     report = convert(source, tmp_path / "bard")
     assert (report.linked, report.copied) == (0, 2)
     for name in [*shards, "model.safetensors.index.json"]:

@@ -13,9 +13,9 @@ from pipeline_stub import KilledError, StubRecipe
 from safetensors.torch import save_file
 from torch import tensor
 
+from nemo_bard.base.files import locked
 from nemo_bard.launch.local import EXIT_PREEMPTED
-from nemo_bard.pipeline import Pipeline
-from nemo_bard.pipeline import manifest as files
+from nemo_bard.pipeline import Pipeline, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.status import read_status, render
@@ -187,15 +187,15 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_weights(undisturbed
 
 @pytest.mark.parametrize("where", ["write_json", "link_export", "fingerprint"])
 def test_killed_while_a_stage_is_being_finished(undisturbed, monkeypatch, where):
-    real = getattr(files, where)
+    real = getattr(manifest, where)
 
     def dying(path, *rest):
-        if where != "write_json" or path.name == files.MANIFEST:
+        if where != "write_json" or path.name == manifest.MANIFEST:
             raise KilledError
         return real(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, where, dying)
+        patch.setattr(manifest, where, dying)
         with pytest.raises(KilledError):
             run()
     assert not Path("runs/stub/a/manifest.json").exists()
@@ -263,7 +263,7 @@ def test_what_does_not_change_the_result_may_change(chain):
 def test_changed_versions_and_inputs_are_refused(chain, monkeypatch):
     run()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "versions", lambda: {"torch": "0.1"})
+        patch.setattr(manifest, "versions", lambda: {"torch": "0.1"})
         with pytest.raises(ValueError, match=r"stage a was finished with torch 2[.\d+\w]+, now 0.1; set allow_version"):
             run()
         assert run("allow_version_change=true") == 0
@@ -275,19 +275,19 @@ def test_changed_versions_and_inputs_are_refused(chain, monkeypatch):
 def test_another_name_on_the_hub_is_another_start(chain):
     stage = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/one"]))).stages[0]
     other = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/two"])))
-    configs = [files.compared_config(s, other) for s in (stage, other.stages[0])]
-    assert files.first_difference(*configs) == ("named.init", "org/one", "org/two")
+    configs = [manifest.compared_config(s, other) for s in (stage, other.stages[0])]
+    assert manifest.first_difference(*configs) == ("named.init", "org/one", "org/two")
 
 
 def test_a_data_file_is_read_once(chain, monkeypatch):
     read = []
-    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or "0")
+    monkeypatch.setattr(manifest, "hash_file", lambda path: read.append(path) or "0")
     (chain / "data.txt").write_text("x")
-    known = files.fingerprint(chain / "data.txt")
-    assert files.fingerprint(chain / "data.txt", known) == known
+    known = manifest.fingerprint(chain / "data.txt")
+    assert manifest.fingerprint(chain / "data.txt", known) == known
     assert read == [chain / "data.txt"]
     (chain / "data.txt").write_text("xy")
-    files.fingerprint(chain / "data.txt", known)
+    manifest.fingerprint(chain / "data.txt", known)
     assert len(read) == 2
 
 
@@ -326,7 +326,7 @@ def test_damaged_checkpoint_is_named_and_an_older_one_used(undisturbed, caplog, 
 def test_marker_is_the_one_that_upstream_writes():
     from nemo_automodel.components.checkpoint import utils
 
-    assert utils._INCOMPLETE_CHECKPOINT_MARKER == files.INCOMPLETE
+    assert utils._INCOMPLETE_CHECKPOINT_MARKER == manifest.INCOMPLETE
 
 
 def test_run_directory_of_another_pipeline_or_of_nobody_is_refused(chain):
@@ -342,8 +342,8 @@ def test_run_directory_of_another_pipeline_or_of_nobody_is_refused(chain):
 
 
 def test_two_runs_do_not_share_a_directory(chain, monkeypatch):
-    monkeypatch.setattr(files, "LOCK_WAIT_SECONDS", 0.0)
-    with files.locked(Path("runs/stub")), pytest.raises(ValueError, match=r"in use by another run \(process \d+ on"):
+    monkeypatch.setattr("nemo_bard.base.files.LOCK_WAIT_SECONDS", 0.0)
+    with locked(Path("runs/stub")), pytest.raises(ValueError, match=r"in use by another run \(process \d+ on"):
         run()
     assert run() == 0
 

@@ -1,0 +1,43 @@
+"""Errors that users read: one line that names the key, file or value, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+"""What wrong input raises; the command line shows these as one line."""
+EXIT_USER_ERROR = 2
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name``, None if none is much like it."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return found[0] if found else None
+
+
+def not_one_of(key: str, value: object, known: Iterable[str]) -> ValueError:
+    """The error for a value that is none of the known ones."""
+    known = list(known)
+    near = nearest(value, known)
+    hint = f" (did you mean {near!r}?)" if near else ""
+    return ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not known, with the nearest known one."""
+    known = sorted(known)
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}")
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def short(value: object, width: int = 60) -> str:
+    """``repr`` of a value on one line of at most ``width`` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."

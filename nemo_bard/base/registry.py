@@ -1,0 +1,119 @@
+"""Things that have names and can be added from outside: noises, strategies, readers, stage kinds, engines.
+
+A ``Registry`` finds a thing by its name among ours, among those registered at run time, and among the entry points that
+installed packages declare for its group; a dotted name (``my_package.module.Thing``) is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from nemo_bard.base.errors import not_one_of
+
+T = TypeVar("T")
+
+
+def import_dotted(name: str) -> Any:
+    """Import ``package.module.Thing``.
+
+    Raises:
+        ValueError: If it cannot be imported; says why.
+    """
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be imported ({' '.join(str(error).split())})") from error
+
+
+class Registry(Generic[T]):
+    """Named things of one kind.
+
+    Args:
+        key: What selects one, for error messages: ``noise.name``.
+        group: Entry point group in which installed packages declare theirs, such as ``nemo_bard.noises``.
+        builtin: Ours: name -> thing, or its dotted name, which is imported when it is first asked for.
+        check: Called with a thing that comes from outside and its name; raises ValueError if it is not of this kind.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        group: str,
+        builtin: Mapping[str, T | str],
+        *,
+        check: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        self.key, self.group, self.check = key, group, check
+        self._things: dict[str, T | str] = dict(builtin)
+        self._scanned = False
+
+    def register(self, name: str, thing: T) -> T:
+        """Add ``thing`` in this process.
+
+        Raises:
+            ValueError: If the name is taken by another thing, or the thing is not of this kind.
+        """
+        self._scan()
+        if self.check is not None:
+            self.check(name, thing)
+        if self._things.get(name, thing) is not thing:
+            raise ValueError(f"{self.key}: the name {name!r} is taken")
+        self._things[name] = thing
+        return thing
+
+    def unregister(self, name: str) -> None:
+        """Take a name back; for tests."""
+        self._things.pop(name)
+
+    def names(self) -> list[str]:
+        """All names, ours first."""
+        self._scan()
+        return list(self._things)
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._things
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def get(self, name: str) -> T:
+        """Return what a name, or a dotted name, stands for.
+
+        Raises:
+            ValueError: If there is no such thing (the nearest known name is named), or it cannot be imported.
+        """
+        self._scan()
+        thing = self._things.get(name) if isinstance(name, str) else None
+        if thing is None:
+            if not isinstance(name, str) or "." not in name:
+                raise not_one_of(self.key, name, self._things)
+            try:
+                thing = import_dotted(name)
+            except ValueError as error:
+                raise ValueError(f"{self.key}: {error}") from error
+            if self.check is not None:
+                self.check(name, thing)
+            return thing
+        if isinstance(thing, str):
+            thing = self._things[name] = import_dotted(thing)
+        return thing
+
+    def _scan(self) -> None:
+        """Read the entry points, once."""
+        if self._scanned:
+            return
+        self._scanned = True
+        for point in importlib.metadata.entry_points(group=self.group):
+            if self._things.get(point.name, point.value.replace(":", ".")) != point.value.replace(":", "."):
+                raise ValueError(
+                    f"{self.key}: the entry point {point.name!r} of {point.value} has a name that is taken; rename it"
+                )
+            thing = import_dotted(point.value)
+            if self.check is not None:
+                self.check(point.name, thing)
+            self._things[point.name] = thing
