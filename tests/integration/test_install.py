@@ -197,9 +197,10 @@ def test_hook_passes_over_a_missing_package(hook_line, tmp_path):
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('broken')", "def install(:", "import sys", "1 / 0"])
 def test_hook_never_stops_python(hook_line, tmp_path, text):
-    (tmp_path / "nemo_bard").mkdir()
+    (tmp_path / "nemo_bard/cli").mkdir(parents=True)
     (tmp_path / "nemo_bard/__init__.py").touch()
-    (tmp_path / "nemo_bard/_startup.py").write_text(text)
+    (tmp_path / "nemo_bard/cli/__init__.py").touch()
+    (tmp_path / "nemo_bard/cli/startup.py").write_text(text)
     result = run_line(hook_line, tmp_path, "finetune")
     assert result.returncode == 0
     assert result.stdout
