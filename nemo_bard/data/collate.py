@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from nemo_bard.method.layout import CONTEXT, PADDING, find_responses, sample_layout
+from nemo_bard.method.layout import CONTEXT, IGNORE_INDEX, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 TURNS: tuple[str, ...] = ("all", "last")
 DEFAULT_MAX_LENGTH = 8192
 OVERLONG: tuple[str, ...] = ("drop", "error")

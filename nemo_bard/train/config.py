@@ -8,13 +8,13 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from nemo_bard.base.settings import check_keys
 from nemo_bard.method.chunked import check_chunk_tokens
-from nemo_bard.method.noise import NoiseLevels, make_noise
+from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 
 RECIPE_KEYS = (
     "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
@@ -77,189 +77,6 @@ BACKENDS = ("auto", "nccl", "gloo")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
-    """The ``noise`` section of a recipe.
-
-    Raises:
-        ValueError: For an unknown name, or a value that is not allowed.
-    """
-
-    name: str = "mask"
-    """``mask``, ``uniform`` or ``mixed``, see ``nemo_bard.method.noise``."""
-    low: float = 1e-3
-    """Smallest noise level ``t``, > 0."""
-    high: float = 1.0
-    """Largest noise level."""
-    per: str = "block"
-    """``block``: one level per block, stratified over a response; ``sample``: one level for all of a sample."""
-    num_random_ids: int | None = None
-    """Random replacements are drawn from ids below this; None means the tokenizer's base vocabulary, which ends
-    where special and added tokens begin (151643 for Qwen3-VL, what the reference draws from)."""
-    min_masked: int = 0
-    """Masked tokens that every sample has at least (all, if it has fewer); for ``mask`` with ``per: sample``."""
-    complementary: bool = False
-    """Lay every response out twice, once with the noise and once with its complement; for ``mask``. Levels then come
-    from the part of [low, high] whose complement lies in it too."""
-
-    def __post_init__(self) -> None:
-        make_noise(self.name)
-        for key in ("low", "high"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"noise.{key} must be a number, got {value!r}")
-        NoiseLevels(low=float(self.low), high=float(self.high), per=self.per)
-        if self.num_random_ids is not None:
-            _check_count("noise.num_random_ids", self.num_random_ids)
-        if isinstance(self.min_masked, bool) or not isinstance(self.min_masked, int) or self.min_masked < 0:
-            raise ValueError(f"noise.min_masked must be an integer >= 0, got {self.min_masked!r}")
-        if self.min_masked and (self.name, self.per) != ("mask", "sample"):
-            raise ValueError(
-                f"noise.min_masked={self.min_masked} needs noise.name: mask and noise.per: sample, got {self.name!r}"
-                f" and {self.per!r}"
-            )
-        if not isinstance(self.complementary, bool):
-            raise ValueError(f"noise.complementary must be true or false, got {self.complementary!r}")
-        if self.complementary:
-            self._check_complementary()
-
-    def _check_complementary(self) -> None:
-        if self.name != "mask":
-            raise ValueError(f"noise.complementary needs noise.name: mask, got {self.name!r}")
-        if self.min_masked:
-            raise ValueError(
-                f"noise.complementary supervises every token once and does not go with noise.min_masked="
-                f"{self.min_masked}; set it to 0"
-            )
-        if not (self.low < 0.5 < self.high or self.low == self.high == 0.5):
-            raise ValueError(
-                f"noise.complementary needs low < 0.5 < high, because the complement of level t has level 1 - t, got"
-                f" low={self.low}, high={self.high}"
-            )
-
-    @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any] | None, *, section: str = "noise", more: Sequence[str] = ()
-    ) -> NoiseSettings:
-        """Build from a recipe's section; ``section`` is its name in error messages, ``more`` further keys it knows.
-
-        Raises:
-            ValueError: For an unknown key (names the nearest one) or a value that is not allowed.
-        """
-        values = dict(values or {})
-        check_keys(section, values, [*(field.name for field in fields(cls)), *more])
-        return cls(**values)
-
-    def levels(self) -> NoiseLevels:
-        """How the level of each block is drawn; with ``complementary`` from a range that ``t -> 1 - t`` maps to itself."""
-        low, high = float(self.low), float(self.high)
-        if self.complementary:
-            low = max(low, 1.0 - high)
-            high = 1.0 - low
-        return NoiseLevels(low=low, high=high, per=self.per)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoisePhase:
-    """One phase of a noise schedule."""
-
-    until: float
-    """Fraction of the run at which it ends, in (0, 1]."""
-    settings: NoiseSettings
-    """Its noise; with ``ramp`` that of its last step."""
-    ramp: bool = False
-    """Move ``low`` and ``high`` linearly, step by step, from those of the phase before to its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """Which noise holds at which step of a run: a pure function of the step and the length of the run."""
-
-    phases: tuple[NoisePhase, ...]
-    """At least one, in order; the last ends at 1."""
-
-    PHASE_KEYS: ClassVar[tuple[str, ...]] = ("until", "ramp", "name", "low", "high", "per", "min_masked")
-    """What a phase of ``noise.schedule`` may say; all but the first two replace keys of the ``noise`` section."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None) -> NoiseSchedule:
-        """Build from a recipe's ``noise`` section, in which ``schedule`` may be absent.
-
-        Raises:
-            ValueError: One line that names the phase, the key, its value and what is allowed.
-        """
-        values = dict(values or {})
-        rows = values.pop("schedule", None)
-        base = NoiseSettings.from_dict(values, more=("schedule",))
-        if rows is None:
-            return cls(phases=(NoisePhase(until=1.0, settings=base),))
-        if not isinstance(rows, (list, tuple)) or not rows:
-            raise ValueError(
-                'noise.schedule must be a list of phases such as [{"until": 0.3, "high": 0.5}, {"low": 0.2}], got'
-                f" {rows!r}"
-            )
-        phases: list[NoisePhase] = []
-        for number, row in enumerate(rows):
-            key = f"noise.schedule[{number}]"
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{key} must be a section of keys, got {row!r}")
-            check_keys(key, row, cls.PHASE_KEYS)
-            until = cls._until(key, row.get("until"), phases[-1].until if phases else 0.0, number == len(rows) - 1)
-            ramp = row.get("ramp", False)
-            if not isinstance(ramp, bool):
-                raise ValueError(f"{key}.ramp must be true or false, got {ramp!r}")
-            if ramp and not phases:
-                raise ValueError(f"{key}.ramp: the first phase has no levels before it to start from")
-            changes = {name: value for name, value in row.items() if name not in ("until", "ramp")}
-            try:
-                phases.append(NoisePhase(until=until, settings=replace(base, **changes), ramp=ramp))
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-        return cls(phases=tuple(phases))
-
-    @staticmethod
-    def _until(key: str, value: object, before: float, is_last: bool) -> float:
-        if is_last:
-            if value not in (None, 1) or isinstance(value, bool):
-                raise ValueError(f"{key}.until: the last phase is open; leave it out, got {value!r}")
-            return 1.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise ValueError(f"{key}.until must be a fraction of the run between 0 and 1, got {value!r}")
-        if value <= before:
-            raise ValueError(f"{key}.until must be greater than that of the phase before ({before}), got {value}")
-        return float(value)
-
-    def first_steps(self, total_steps: int) -> list[int]:
-        """First step of each phase in a run of ``total_steps``, and the run's end; phases may come out empty."""
-        return [0, *(round(phase.until * total_steps) for phase in self.phases)]
-
-    def at(self, step: int, total_steps: int) -> tuple[int, NoiseSettings]:
-        """Number of the phase that holds at a step (counted from 0), and the noise there."""
-        edges = self.first_steps(total_steps)
-        number = sum(step >= edge for edge in edges[1:-1])
-        phase = self.phases[number]
-        if not phase.ramp:
-            return number, phase.settings
-        before, after = self.phases[number - 1].settings, phase.settings
-        part = (step - edges[number] + 1) / max(edges[number + 1] - edges[number], 1)
-        low, high = (
-            getattr(before, name) + (getattr(after, name) - getattr(before, name)) * min(part, 1.0)
-            for name in ("low", "high")
-        )
-        return number, replace(after, low=low, high=min(max(low, high), 1.0))
-
-
-def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for the first key that is not known, naming the nearest one; ``section`` may be empty."""
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            prefix = f"{section}." if section else ""
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"unknown recipe key {prefix}{key}{hint}")
 
 
 def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> None:
@@ -506,58 +323,19 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
     noise = raw.get("noise")
     schedule = NoiseSchedule.from_dict(noise)
     base = NoiseSettings.from_dict({key: value for key, value in (noise or {}).items() if key != "schedule"})
-    names = {"noise.name": base.name}
-    names.update({f"noise.schedule[{i}].name": phase.settings.name for i, phase in enumerate(schedule.phases)})
-    if raw.get("validation_noise") is not None:
-        _, rest = split_levels(raw["validation_noise"])
-        validation = NoiseSettings.from_dict(rest, section="validation_noise")
-        names["validation_noise.name"] = validation.name
-    loss = raw["loss_fn"].get("_target_")
-    if not loss:
+    validation = ValidationNoise.from_dict(raw.get("validation_noise"), base)
+    used = {"noise.name": base}
+    used.update({f"noise.schedule[{i}].name": phase.settings for i, phase in enumerate(schedule.phases)})
+    used["validation_noise.name"] = validation.settings
+    target = raw["loss_fn"].get("_target_")
+    if not target:
         raise ValueError("loss_fn must have _target_, such as nemo_bard.method.BlockDiffusionCrossEntropy")
-    if isinstance(loss, str) and loss.startswith("nemo_bard."):
-        loss = _resolve("loss_fn._target_", loss)
+    loss = _resolve("loss_fn._target_", target) if isinstance(target, str) else target
+    if str(getattr(loss, "__module__", "")).startswith("nemo_bard."):
         check_keys("loss_fn", raw["loss_fn"], ["_target_", *inspect.signature(loss).parameters])
-    for key, name in names.items():
-        if getattr(loss, "needs_noisy_ids", False) and name != "uniform":
-            raise ValueError(
-                f"loss_fn {loss.__name__} needs {key}: uniform (its formula holds on the path from uniform noise),"
-                f" got {name!r}"
-            )
-
-
-def split_levels(section: Mapping[str, Any] | None) -> tuple[list[NoiseSettings], dict[str, Any] | None]:
-    """Take ``levels`` out of a ``validation_noise`` section.
-
-    Returns:
-        Settings of each level (none if there are no levels), and the section without ``levels``.
-
-    Raises:
-        ValueError: For levels outside (0, 1], or a section that is not as it must be.
-    """
-    if section is None:
-        return [], None
-    rest = {key: value for key, value in section.items() if key != "levels"}
-    NoiseSettings.from_dict(rest, section="validation_noise")
-    levels = section.get("levels")
-    if levels is None:
-        return [], rest
-    good = isinstance(levels, (list, tuple)) and levels and all(_is_level(t) for t in levels)
-    if not good or len(set(levels)) != len(levels):
-        raise ValueError(f"validation_noise.levels must be a list of different numbers in (0, 1], got {levels!r}")
-    for key in ("low", "high"):
-        if key in rest:
-            raise ValueError(f"validation_noise.{key}={rest[key]!r} and validation_noise.levels exclude each other")
-    return [NoiseSettings.from_dict({**rest, "low": t, "high": t}, section="validation_noise") for t in levels], rest
-
-
-def level_name(t: float) -> str:
-    """Return the name of the validation loss at noise level ``t``."""
-    return f"val_loss_t{t:g}"
-
-
-def _is_level(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    for key, settings in used.items():
+        if (reason := settings.noise.misfit(loss)) is not None:
+            raise ValueError(f"loss_fn {loss.__name__} does not go with {key}: {settings.name} ({reason})")
 
 
 def _check_freeze(section: object) -> None:
@@ -602,8 +380,8 @@ def _check_best_metric(raw: Mapping[str, Any], with_anchor: bool) -> None:
     name = (raw.get("checkpoint") or {}).get("best_metric_key")
     if name is None:
         return
-    levels, _ = split_levels(raw.get("validation_noise"))
-    allowed = ["default", "val_loss", *(level_name(level.low) for level in levels)]
+    levels = ValidationNoise.from_dict(raw.get("validation_noise"), NoiseSettings()).names()
+    allowed = ["default", "val_loss", *levels]
     allowed += ["val_ce_loss", "val_kd_loss"] if with_anchor else []
     allowed += ["val_diffusion_loss", "val_ar_loss"] if raw.get("ar_loss_weight") else []
     _check_choice("checkpoint.best_metric_key", name, allowed)

@@ -13,14 +13,13 @@ from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
 from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import IGNORE_INDEX, BlockDiffusionCollator, lay_out_sample
+from nemo_bard.method.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
 from nemo_bard.method.layout import NOISY, PADDING, find_responses
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL
 from nemo_bard.method.noise import NOISES
-from nemo_bard.train import corruption
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
+from nemo_bard.method.objectives import PBMObjective, StepTotals, count
+from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train.masks import dense_mask
-from nemo_bard.train.pbm import StepTotals, count, weigh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collate"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -47,6 +46,10 @@ def tiny(tmp_path_factory):
     processor = AutoProcessor.from_pretrained(folder / "start")
     model = BardVLForConditionalGeneration.from_pretrained(folder / "start").eval()
     return SimpleNamespace(processor=processor, config=model.config, model=model)
+
+
+def weigh(batch, reduction, totals):
+    return PBMObjective(BlockDiffusionCrossEntropy(reduction)).weigh(batch, totals)
 
 
 def collator(tiny, **options):
@@ -140,7 +143,7 @@ def test_loss_mask_follows_the_reference(case, golden_config, monkeypatch):
         rows.append([lay_out_sample(ids, positions, [span], case["block_size"], pad_token_id=pad, sample_index=i)])
         drawn.append(torch.from_numpy(golden[f"noisy_ids_{i}"]))
 
-    class Replay(NOISES[name]):
+    class Replay(NOISES.get(name)):
         def corrupt(self, clean_ids, t, **kwargs):
             real = super().corrupt(clean_ids, t, **kwargs)
             noisy = drawn.pop(0)
@@ -151,7 +154,7 @@ def test_loss_mask_follows_the_reference(case, golden_config, monkeypatch):
             }
             return real._replace(noisy_ids=noisy, loss_mask=rule[name])
 
-    monkeypatch.setattr(corruption, "make_noise", lambda _: Replay())
+    monkeypatch.setitem(NOISES._things, name, Replay)
     context = NoiseContext(block_size=case["block_size"], mask_token_id=509, num_random_ids=500, seed=0, epoch=0)
     batch = corrupt_batch(stub.stack(rows), NoiseSettings(name=name), context)
     for i, spans in enumerate(case["samples"]):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_bard.train.config import NoiseSchedule, NoiseSettings
+from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings
 
 CURRICULUM = {
     "name": "mask",
@@ -66,8 +66,11 @@ def test_complementary_holds_in_all_phases():
         ([{"until": "half"}, {}], "noise.schedule[0].until must be a fraction of the run between 0 and 1, got 'half'"),
         ([{"until": 0.5}, {"until": 0.5}, {}], "noise.schedule[1].until must be greater than that of the phase before"),
         ([{"until": 0.5}, {"until": 0.8}], "noise.schedule[1].until: the last phase is open; leave it out, got 0.8"),
-        ([{"until": 0.5}, {"name": "maks"}], "noise.schedule[1]: unknown noise 'maks'. Did you mean 'mask'?"),
-        ([{"until": 0.5}, {"low": 0.0}], "noise.schedule[1]: noise levels need 0 < low <= high <= 1"),
+        (
+            [{"until": 0.5}, {"name": "maks"}],
+            "noise.schedule[1]: noise.name must be one of mask, uniform, mixed, got 'maks' (did you mean 'mask'?)",
+        ),
+        ([{"until": 0.5}, {"low": 0.0}], "noise.schedule[1]: noise.low must be in (0, 1], got 0.0"),
         ([{"until": 0.5, "ramp": True}, {}], "noise.schedule[0].ramp: the first phase has no levels before it"),
         ([{"until": 0.5}, {"ramp": "yes"}], "noise.schedule[1].ramp must be true or false, got 'yes'"),
         ([{"until": 0.5}, {"min_masked": 1}], "noise.schedule[1]: noise.min_masked=1 needs"),

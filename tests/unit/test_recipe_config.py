@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from nemo_bard.base.paths import recipes_dir
+from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train import recipe_config
-from nemo_bard.train.config import NoiseSettings, validate_recipe
+from nemo_bard.train.config import validate_recipe
 
 LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
 
@@ -68,9 +69,10 @@ def test_shipped_recipe_is_accepted(raw):
         ("loss_fn.reductoin", "sum", "did you mean loss_fn.reduction?"),
         ("noise.hihg", 1.0, "unknown recipe key noise.hihg; did you mean noise.high?"),
         ("validation_noise", {"nam": "mask"}, "unknown recipe key validation_noise.nam"),
-        ("noise.name", "maks", "unknown noise 'maks'. Did you mean 'mask'?"),
-        ("noise.low", 0.0, "0 < low <= high <= 1"),
-        ("noise.low", "x", "noise.low must be a number"),
+        ("noise.name", "maks", "noise.name must be one of mask, uniform, mixed, got 'maks' (did you mean 'mask'?)"),
+        ("noise.low", 0.0, "noise.low must be in (0, 1], got 0.0"),
+        ("noise", {"low": 0.5, "high": 0.4}, "0 < low <= high <= 1"),
+        ("noise.low", "x", "noise.low must be in (0, 1], got 'x'"),
         ("noise.num_random_ids", 0, "noise.num_random_ids must be an integer >= 1"),
         ("model", ..., "the recipe needs a section 'model'"),
         ("model.block_size", 0, "model.block_size must be an integer >= 1, got 0"),
@@ -102,7 +104,11 @@ def test_shipped_recipe_is_accepted(raw):
         ("packing.max_length", 0, "packing.max_length must be an integer >= 1, got 0"),
         ("packing.max_length", "8k", "packing.max_length must be an integer >= 1, got '8k'"),
         ("packing", {"max_length": 99, "cache_dir": 3}, "packing.cache_dir must be a folder or null, got 3"),
-        ("loss_fn._target_", "nemo_bard.method.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
+        (
+            "loss_fn._target_",
+            "nemo_bard.method.MixturePathKL",
+            "MixturePathKL does not go with noise.name: mask (its formula holds on the path from uniform noise)",
+        ),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
         ("optimizer._target_", None, "optimizer must have _target_"),
         ("optimizer.beta", 0.9, "unknown recipe key optimizer.beta; did you mean optimizer.betas?"),
@@ -175,9 +181,11 @@ def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):
     kl = changed(changed(raw, "noise.name", "uniform"), "loss_fn._target_", "nemo_bard.method.MixturePathKL")
     validate_recipe(changed(kl, "noise.schedule", [{"until": 0.5, "high": 0.5}, {"low": 0.2}]))
     phases = changed(kl, "noise.schedule", [{"until": 0.5}, {"name": "mask"}])
-    with pytest.raises(ValueError, match=r"MixturePathKL needs noise.schedule\[1\].name: uniform .* got 'mask'"):
+    with pytest.raises(
+        ValueError, match=r"MixturePathKL does not go with noise.schedule\[1\].name: mask \(its formula"
+    ):
         validate_recipe(phases)
-    with pytest.raises(ValueError, match=r"MixturePathKL needs validation_noise.name: uniform .* got 'mask'"):
+    with pytest.raises(ValueError, match=r"MixturePathKL does not go with validation_noise.name: mask \(its formula"):
         validate_recipe(changed(kl, "validation_noise", {"name": "mask"}))
 
 
