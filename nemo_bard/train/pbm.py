@@ -32,10 +32,10 @@ from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train.adapters import export_merged
 from nemo_bard.train.config import check_ar_loss, check_batch_sizes, validate_recipe
 from nemo_bard.train.masks import FLEX_TILE, uses_flex
-from nemo_bard.train.packed_loader import PackedDataloaderConfig
 from nemo_bard.train.phases import NoiseOfRun
 from nemo_bard.train.validation import ValidatedTraining
-from nemo_bard.upstream import cpu as cpu_compat
+from nemo_bard.upstream import automodel, cpu
+from nemo_bard.upstream.recipe import PlannedDataloaderConfig, run_main
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PBMRecipe(ValidatedTraining):
             ValueError: If the recipe or the checkpoint is not as it must be.
         """
         self.validate_config(self.cfg.to_yaml_dict(use_orig_values=True))
-        cpu_compat.apply()
+        cpu.apply()
         noise = _section(self.cfg, "noise") or {}
         self.noise = NoiseSettings.from_dict({key: value for key, value in noise.items() if key != "schedule"})
         self.ar_loss_weight = float(self.cfg.get("ar_loss_weight", 0.0))
@@ -81,8 +81,8 @@ class PBMRecipe(ValidatedTraining):
         self._fill_defaults()
         self.packing = _section(self.cfg, "packing") or {}
         if self.packing.get("max_length") is not None:
-            loader = PackedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
-            self.cfg.__dict__["vlm_dataloader"] = loader  # what upstream's setup builds the training loader from
+            loader = PlannedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
+            automodel.set_training_loader(self.cfg, loader)
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
         upstream.addFilter(told)
         try:
@@ -106,7 +106,7 @@ class PBMRecipe(ValidatedTraining):
         self.objective = self._make_objective()
         if self.peft_config is not None:
             base = Path(self.cfg.get("model.pretrained_model_name_or_path"))
-            export_merged(self.checkpointer, self._model_config, base, lambda: self.step_scheduler.is_last_step)
+            export_merged(self, self._model_config, base)
 
     def _complete(
         self, collate: partial, noise: NoiseSettings, *, packed: bool = False
@@ -159,15 +159,14 @@ class PBMRecipe(ValidatedTraining):
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
         self.compute_dtype = getattr(torch, compute)
 
-    def _create_distributed_setup(self) -> DistributedSetup:
+    def distributed_setup_of_config(self) -> DistributedSetup:
         """Check the batch sizes and set the compute dtype: FSDP's policy if there are shards, autocast on one rank."""
-        cpu_compat.normalise_device(self.dist_env)
         check_batch_sizes(
             self.cfg.get("step_scheduler.global_batch_size"),
             self.cfg.get("step_scheduler.local_batch_size"),
             self.dist_env.world_size,
         )
-        setup = super()._create_distributed_setup()
+        setup = super().distributed_setup_of_config()
         if self.cfg.get("distributed.mp_policy", None) is None:
             setup.strategy_config.mp_policy = MixedPrecisionPolicy(
                 param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -255,15 +254,6 @@ class _UserErrors(logging.Filter):
 def _section(cfg: Any, key: str) -> dict[str, Any] | None:
     node = cfg.get(key, None)
     return node.to_dict() if hasattr(node, "to_dict") else node
-
-
-def run_main(recipe_class: type[PBMRecipe], config_path: str | os.PathLike | None) -> None:
-    """Run a recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
-    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-
-    recipe = recipe_class(parse_args_and_load_config(config_path))
-    recipe.setup()
-    recipe.run_train_validation_loop()
 
 
 def main(config_path: str | os.PathLike | None = None) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from nemo_automodel.components.distributed.utils import get_sync_ctx
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
-from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM, _move_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,11 +22,12 @@ from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.train.flops import batch_flops, utilisation
 from nemo_bard.train.forward import batch_loss
 from nemo_bard.train.phases import NoiseOfRun
+from nemo_bard.upstream.recipe import VLMRecipe
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingStep(FinetuneRecipeForVLM):
+class TrainingStep(VLMRecipe):
     """The part of a recipe that trains a step; a subclass sets the attributes up."""
 
     objective: Objective
@@ -51,7 +51,7 @@ class TrainingStep(FinetuneRecipeForVLM):
     def _model_config(self) -> BardVLConfig:
         return self.model_parts[0].config
 
-    def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
+    def train_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
         """Draw the noise of all microbatches, normalise over the whole step, and let upstream do the rest."""
         scheduler = self.step_scheduler
         position = scheduler.step % scheduler.epoch_len * scheduler.grad_acc_steps
@@ -66,10 +66,10 @@ class TrainingStep(FinetuneRecipeForVLM):
         started = self.timestamp
         self.part_sums.clear()
         weighed = [self.objective.weigh(batch, totals) for batch in batches]
-        log_data = super()._run_train_optim_step(weighed, max_grad_norm)
+        log_data = super().train_step(weighed, max_grad_norm)
         seconds = max(self.timestamp - started, 1e-9)
         tps = totals.num_tokens / seconds
-        flops = self._dp_allreduce(torch.tensor(self._step_flops(batches), dtype=torch.float64)).item()
+        flops = self.sum_over_ranks(torch.tensor(self._step_flops(batches), dtype=torch.float64)).item()
         log_data.metrics.update(
             num_samples=totals.num_samples,
             num_loss_tokens=totals.num_loss_tokens,
@@ -77,7 +77,7 @@ class TrainingStep(FinetuneRecipeForVLM):
             num_tokens_per_step=totals.num_tokens,
             fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
-            tps_per_gpu=tps / max(self._get_dp_group_size(), 1),
+            tps_per_gpu=tps / max(self.num_data_ranks(), 1),
             **utilisation(flops / self.dist_env.world_size, seconds, self.dist_env.device, self.compute_dtype),
             **self.noise_of_run.facts(noise),
             **({"num_ar_tokens": totals.num_ar_tokens} if totals.num_ar_tokens else {}),
@@ -123,7 +123,7 @@ class TrainingStep(FinetuneRecipeForVLM):
         return without_samples(batch, repeated)
 
     def _reduce(self, totals: StepTotals) -> StepTotals:
-        return StepTotals(*self._dp_allreduce(torch.tensor(totals, dtype=torch.long)).tolist())
+        return StepTotals(*self.sum_over_ranks(torch.tensor(totals, dtype=torch.long)).tolist())
 
     def _report_dropped(self, totals: StepTotals) -> None:
         self.num_dropped += totals.num_dropped
@@ -136,36 +136,28 @@ class TrainingStep(FinetuneRecipeForVLM):
                 totals.num_samples,
             )
 
-    def _forward_backward_step(
-        self,
-        idx: int,
-        batch: dict[str, Any],
-        *,
-        loss_buffer: list[Tensor],
-        num_label_tokens: int,
-        num_batches: int,
-        is_train: bool = True,
+    def microbatch(
+        self, index: int, batch: dict[str, Any], *, losses: list[Tensor], num_batches: int, is_train: bool = True
     ) -> None:
-        """Run one weighed microbatch; upstream's arguments. ``num_label_tokens`` is in the weights already."""
-        del num_label_tokens
-        batch = {key: _move_to_device(value, self.dist_env.device) for key, value in batch.items()}
+        """Run one weighed microbatch."""
+        batch = self.on_device(batch)
         model = self.model_parts[0]
         sync = nullcontext()
         if is_train:
             defer = getattr(self.distributed_config, "defer_fsdp_grad_sync", True)
-            sync = get_sync_ctx(model, idx == num_batches - 1, defer_fsdp_grad_sync=defer)
+            sync = get_sync_ctx(model, index == num_batches - 1, defer_fsdp_grad_sync=defer)
         with sync:
-            with self._autocast_context():
+            with self.autocast():
                 loss, kept = batch_loss(
                     model, self._model_config, self.objective, batch, chunk_tokens=self.loss_chunk_tokens
                 )
             self.part_sums.append(kept.parts())
-            loss_buffer.append(loss.detach().clone())
+            losses.append(loss.detach().clone())
             if is_train:
-                (loss * self._get_dp_group_size(include_cp=True)).backward()
+                (loss * self.num_data_ranks(context_parallel=True)).backward()
 
     def _reduced_parts(self) -> list[float]:
         """Parts of the loss, summed over microbatches and ranks."""
         if not self.objective.part_names():
             return []
-        return self._dp_allreduce(torch.stack(self.part_sums).sum(0), include_cp=True).tolist()
+        return self.sum_over_ranks(torch.stack(self.part_sums).sum(0), context_parallel=True).tolist()

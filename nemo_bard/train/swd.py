@@ -30,7 +30,8 @@ from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train.config import validate_recipe
 from nemo_bard.train.flops import batch_flops
 from nemo_bard.train.forward import model_inputs
-from nemo_bard.train.pbm import PBMRecipe, run_main
+from nemo_bard.train.pbm import PBMRecipe
+from nemo_bard.upstream.recipe import run_main
 
 OVERRIDES = ("block_size", "mask_token_id")
 """Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""

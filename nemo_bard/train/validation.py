@@ -27,7 +27,7 @@ class ValidatedTraining(TrainingStep):
     validation_losses: dict[str, float]
     """Losses of the last validation, for the next checkpoint."""
 
-    def _run_validation_epoch(self, val_dataloader: DataLoader) -> MetricsSample:
+    def validate(self, val_dataloader: DataLoader) -> MetricsSample:
         """Validate; with ``validation_noise.levels`` once at each of them, and ``val_loss`` is their mean."""
         levels = self.validation_noise.levels
         if not levels:
@@ -78,16 +78,10 @@ class ValidatedTraining(TrainingStep):
             batch = self._without_repeats(collated, val_dataloader, index)
             batch = corrupt_batch(batch, noise, context)
             seen.append(count([batch]))
-            self._forward_backward_step(
-                0,
-                self.objective.weigh(batch, UNIT_TOTALS),
-                loss_buffer=losses,
-                num_label_tokens=0,
-                num_batches=1,
-                is_train=False,
-            )
+            weighed = self.objective.weigh(batch, UNIT_TOTALS)
+            self.microbatch(0, weighed, losses=losses, num_batches=1, is_train=False)
         totals = self._reduce(add_up(seen))
-        total = self._dp_allreduce(torch.stack(losses).double().sum(), include_cp=True).item()
+        total = self.sum_over_ranks(torch.stack(losses).double().sum(), context_parallel=True).item()
         found = self.objective.reduce(total, self._reduced_parts(), totals)
         metrics: dict[str, Any] = {f"val_{name}": value for name, value in found.items()}
         return MetricsSample(

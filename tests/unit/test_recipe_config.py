@@ -12,7 +12,7 @@ import yaml
 
 from nemo_bard.base.paths import recipes_dir
 from nemo_bard.method.schedule import NoiseSettings
-from nemo_bard.train import recipe_config
+from nemo_bard.train import config as recipe_config
 from nemo_bard.train.config import validate_recipe
 
 LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
