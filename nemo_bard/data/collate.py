@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
+from nemo_bard.data.rejects import ERRORS, BadSample
 from nemo_bard.method.layout import CONTEXT, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
 
@@ -229,35 +231,59 @@ class BlockDiffusionCollator:
             config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size**2
         )
         self._rope_index = _RopeIndex(config)
+        self.keep_bad = False
+        """Leave samples that cannot be used out of the batch, which names them in ``rejects``, and what to do about them
+        to the recipe, instead of raising ValueError."""
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Collate rows of samples; see ``stack`` for the batch.
 
         Raises:
-            ValueError: If a sample cannot be trained on; names its index. If samples that share a row take more than
-                ``max_row_length`` tokens.
+            ValueError: If a sample is too long and must not be dropped. Without ``keep_bad``, if a sample cannot be
+                trained on (names its index), or samples that share a row take more than ``max_row_length`` tokens.
         """
-        rows, slots, dropped = [], [], 0
+        rows, slots, dropped, rejects = [], [], 0, []
         for slot, example in enumerate(examples):
-            packed = example if isinstance(example, list) else [example]
-            row = [sample for sample in map(self.encode, packed) if sample is not None]
-            dropped += len(packed) - len(row)
+            row: list[TrainingSample] = []
+            for item in example if isinstance(example, list) else [example]:
+                sample = self._try(item, row)
+                if isinstance(sample, BadSample):
+                    rejects.append(replace(sample, slot=slot))
+                elif sample is None:
+                    dropped += 1
+                else:
+                    row.append(sample)
             if row:
-                self._check_row(row)
                 rows.append(row)
                 slots += [slot] * len(row)
-        batch = self.stack(rows)
-        return {**batch, "slots": slots, "num_dropped": dropped}
+        return {**self.stack(rows), "slots": slots, "num_dropped": dropped, "rejects": rejects}
 
-    def _check_row(self, row: Sequence[TrainingSample]) -> None:
-        length = sum(len(sample) for sample in row)
+    def _try(self, example: Any, row: Sequence[TrainingSample]) -> TrainingSample | BadSample | None:
+        """Lay a sample out beside those of its row: the sample, None if it is too long, or why it cannot be used."""
+        if isinstance(example, BadSample):
+            return example
+        try:
+            sample = self._lay_out(example)
+            if self._fits(sample):
+                self._check_room(sample, row)
+        except ERRORS as error:
+            if not self.keep_bad:
+                raise
+            index = int(example.get("index", example.get("sample_index", -1)))
+            reason, sample_index = one_line(error), int(example.get("sample_index", index))
+            return BadSample(index=index, reason=reason, sample_index=sample_index)
+        return self._short_enough(sample)
+
+    def _check_room(self, sample: TrainingSample, row: Sequence[TrainingSample]) -> None:
+        length = len(sample) + sum(len(other) for other in row)
         if length > self.max_row_length:
+            names = ", ".join(str(one.sample_index) for one in (*row, sample))
             where = f"; delete {self.lengths_file}" if self.lengths_file else ""
             raise ValueError(
-                f"samples {', '.join(str(sample.sample_index) for sample in row)} share a row and take {length} tokens,"
-                f" more than {self.max_row_length}: they are not as they were when their lengths were measured{where}"
+                f"samples {names} share a row and take {length} tokens, more than {self.max_row_length}: they are not as"
+                f" they were when their lengths were measured{where}"
             )
 
     def encode(self, example: dict[str, Any]) -> TrainingSample | None:
@@ -273,6 +299,9 @@ class BlockDiffusionCollator:
             ValueError: If it cannot be trained on: no or an empty answer, placeholders that do not match the images,
                 or too long with ``overlong: error``.
         """
+        return self._short_enough(self._lay_out(example))
+
+    def _lay_out(self, example: dict[str, Any]) -> TrainingSample:
         conversation, index = _checked(example)
         with _of_sample(index):
             inputs = encode(self.processor, [conversation])
@@ -296,16 +325,23 @@ class BlockDiffusionCollator:
             pixels = torch.cat([medium.patches for medium in laid_out if medium.patches is not None])
             grids = torch.stack([medium.grid for medium in laid_out if medium.grid is not None])
             sample = replace(sample, pixel_values=pixels, grid_thw=grids)
-        if len(sample) > self.max_length:
-            message = (
-                f"sample {index} takes {len(sample)} tokens (noisy copies included), more than collate_fn.max_length"
-                f" {self.max_length}"
-            )
-            if self.overlong == "error":
-                raise ValueError(message)
-            logger.warning("%s; dropped", message)
-            return None
         return sample
+
+    def _fits(self, sample: TrainingSample) -> bool:
+        return len(sample) <= self.max_length
+
+    def _short_enough(self, sample: TrainingSample) -> TrainingSample | None:
+        """The sample, or None if it is longer than ``max_length`` and ``overlong`` is ``drop``."""
+        if self._fits(sample):
+            return sample
+        message = (
+            f"sample {sample.sample_index} takes {len(sample)} tokens (noisy copies included), more than"
+            f" collate_fn.max_length {self.max_length}"
+        )
+        if self.overlong == "error":
+            raise ValueError(message)
+        logger.warning("%s; dropped", message)
+        return None
 
     def outline(self, example: dict[str, Any]) -> Outline:
         """Find out where responses and media of a sample lie, without pixels where the sizes of images are known.

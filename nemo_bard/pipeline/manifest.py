@@ -34,6 +34,7 @@ NOT_COMPARED = (
     "dataloader.pin_memory", "dataloader.persistent_workers", "dataloader.prefetch_factor",
     "validation_dataloader.num_workers", "step_scheduler.ckpt_every_steps", "step_scheduler.log_remote_every_steps",
     "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
+    "on_bad_sample",
 )  # fmt: skip
 """Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
 

@@ -33,6 +33,7 @@ from nemo_bard.cost.estimate import peak_flops
 from nemo_bard.data.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
+from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.generation.settings import check_mask_token_id
 from nemo_bard.method.chunked import ChunkLoss, chunked_loss
 from nemo_bard.method.layout import PADDING
@@ -40,6 +41,7 @@ from nemo_bard.method.losses import BlockDiffusionLoss, token_scale
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train import cpu_compat
+from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import (
     NoiseSchedule,
     NoiseSettings,
@@ -77,6 +79,8 @@ class StepTotals(NamedTuple):
     """Tokens that the context predicts, with ``ar_loss_weight``."""
     num_positions: int = 0
     """Positions of all rows, padding included."""
+    num_bad: int = 0
+    """Samples left out because they cannot be used."""
 
 
 def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
@@ -89,6 +93,7 @@ def count(batches: Iterable[Mapping[str, Any]]) -> StepTotals:
             b["num_dropped"],
             int((b["ar_response_ids"] >= 0).sum()) if "ar_response_ids" in b else 0,
             b["sample_ids"].numel(),
+            len(b["rejects"]),
         )
         for b in batches
     ]
@@ -159,6 +164,9 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.seed = int(self.cfg.get("seed", 42))
         self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", None)
         self._fill_defaults()
+        self.on_bad_sample = check_on_bad_sample(_section(self.cfg, "on_bad_sample"))
+        if self.on_bad_sample.drops:
+            without_checks(self.cfg)
         self.packing = _section(self.cfg, "packing") or {}
         if self.packing.get("max_length") is not None:
             loader = PackedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
@@ -178,6 +186,12 @@ class PBMRecipe(FinetuneRecipeForVLM):
         self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, self.noise, packed=True)
         if self.val_dataloader is not None:
             self.val_dataloader.collate_fn = self._complete(self.val_dataloader.collate_fn, self.validation_noise)
+        self.bad_samples = BadSamples(
+            self.on_bad_sample, Path(self.checkpointer.config.checkpoint_dir), is_main=self.dist_env.is_main
+        )
+        for split, loader in (("train", self.dataloader), ("validation", self.val_dataloader)):
+            if loader is not None:
+                self.bad_samples.guard(split, loader)
         self._num_random_ids = self._random_ids()
         self.num_dropped = 0
         if self.peft_config is not None:
@@ -194,7 +208,9 @@ class PBMRecipe(FinetuneRecipeForVLM):
             longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
             settings["max_length"] = min(longest, self.packing["max_length"])
             settings["max_row_length"] = self.packing["max_length"]
-        return collate(config=self._model_config, **settings)
+        collator = collate(config=self._model_config, **settings)
+        collator.keep_bad = True
+        return collator
 
     def _pack(self, dataset: Any, processor: Any) -> PackedDataset:
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
@@ -207,6 +223,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             seed=self.seed,
             shuffle=loader.shuffle,
             num_workers=loader.num_workers,
+            drop_bad=self.on_bad_sample.drops,
         )
 
     def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
@@ -340,6 +357,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             for i, batch in enumerate(batches)
         ]
         totals = self._reduce(count(batches))
+        self._settle_bad("train", batches, totals)
         self._report_dropped(totals)
         started = self.timestamp
         self.joint_parts.clear()
@@ -349,6 +367,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
             num_samples=totals.num_samples,
             num_loss_tokens=totals.num_loss_tokens,
             num_dropped=totals.num_dropped,
+            num_bad=totals.num_bad,
             num_tokens_per_step=totals.num_tokens,
             fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
@@ -434,11 +453,18 @@ class PBMRecipe(FinetuneRecipeForVLM):
         """
         sampler, size = loader.sampler, len(loader.dataset)
         first = position * loader.batch_size
-        repeated = {slot for slot in batch["slots"] if (first + slot) * sampler.num_replicas + sampler.rank >= size}
+        slots = {*batch["slots"], *(bad.slot for bad in batch["rejects"])}
+        repeated = {slot for slot in slots if (first + slot) * sampler.num_replicas + sampler.rank >= size}
         return without_samples(batch, repeated)
 
     def _reduce(self, totals: StepTotals) -> StepTotals:
         return StepTotals(*self._dp_allreduce(torch.tensor(totals, dtype=torch.long)).tolist())
+
+    def _settle_bad(self, split: str, batches: list[dict[str, Any]], totals: StepTotals) -> None:
+        """Drop the bad samples of a step, or end the run."""
+        if totals.num_bad:
+            scheduler = self.step_scheduler
+            self.bad_samples.settle(split, batches, step=scheduler.step, epoch=scheduler.epoch)
 
     def _report_dropped(self, totals: StepTotals) -> None:
         self.num_dropped += totals.num_dropped
@@ -561,12 +587,13 @@ class PBMRecipe(FinetuneRecipeForVLM):
         for part in self.model_parts:
             part.eval()
         context = self._noise_context(VALIDATION_SEED, 0, VALIDATION_STREAM)
-        losses, seen = [], StepTotals(0, 0, 0, 0)
+        losses, rejected, seen = [], [], StepTotals(0, 0, 0, 0)
         one = StepTotals(1, 1, 0, 0, num_ar_tokens=1)
         self.joint_parts.clear()
         for index, collated in enumerate(val_dataloader):
             batch = self._without_repeats(collated, val_dataloader, index)
             batch = corrupt_batch(batch, noise, context)
+            rejected.append({"rejects": batch["rejects"]})
             seen = StepTotals(*(a + b for a, b in zip(seen, count([batch]), strict=True)))
             self._forward_backward_step(
                 0,
@@ -577,6 +604,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 is_train=False,
             )
         totals = self._reduce(seen)
+        self._settle_bad("validation", rejected, totals)
         divisor = totals.num_samples if self.loss_fn.reduction == "mean" else totals.num_loss_tokens
         total = self._dp_allreduce(torch.stack(losses).double().sum(), include_cp=True).item()
         val_loss, joint = total / max(divisor, 1), {}
@@ -594,6 +622,7 @@ class PBMRecipe(FinetuneRecipeForVLM):
                 "lr": self.optimizer[0].param_groups[0]["lr"],
                 "num_label_tokens": totals.num_loss_tokens,
                 "num_samples": totals.num_samples,
+                "num_bad": totals.num_bad,
                 "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
             },
         )
