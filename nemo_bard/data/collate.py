@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
 from nemo_bard.data.rejects import ERRORS, BadSample
 from nemo_bard.method.layout import CONTEXT, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
+from nemo_bard.upstream.transformers import rope_index
 
 logger = logging.getLogger(__name__)
 
@@ -151,14 +151,6 @@ def _of_sample(index: int) -> Iterator[None]:
         raise ValueError(f"sample {index}: {error}") from error
 
 
-class _RopeIndex(Qwen3VLModel):
-    """Qwen3-VL's position computation without the model's weights."""
-
-    def __init__(self, config: BardVLConfig) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-
-
 def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
     """Stack 1-D tensors, filled with ``value`` on the right up to ``length``."""
     out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
@@ -230,7 +222,7 @@ class BlockDiffusionCollator:
         self._media_tokens = MediaTokens(
             config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size**2
         )
-        self._rope_index = _RopeIndex(config)
+        self._rope_index = rope_index(config)
         self.keep_bad = False
         """Leave samples that cannot be used out of the batch, which names them in ``rejects``, and what to do about them
         to the recipe, instead of raising ValueError."""
@@ -382,7 +374,7 @@ class BlockDiffusionCollator:
     def _positions(self, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """M-RoPE positions ``[3, S]`` of a conversation, by Qwen3-VL's own function."""
         kinds = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
-        positions, _ = self._rope_index.get_rope_index(
+        positions, _ = self._rope_index(
             ids[None],
             mm_token_type_ids=kinds[None],
             image_grid_thw=inputs.get("image_grid_thw"),
@@ -462,6 +454,7 @@ class BlockDiffusionCollator:
             "padding_mask": rows_of("padding", False),
             "noise_keys": keys,
             "num_samples": len(keys),
+            "rejects": [],
             "pixel_values": torch.cat([sample.pixel_values for sample in media]),
             "image_grid_thw": torch.cat([sample.grid_thw for sample in media]),
         }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_bard.base.console import hush
+from nemo_bard.upstream.console import hush
 
 EXIT_PREEMPTED = 75
 """Stopped by a signal with everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import read_json, write_json
-from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import Preempted, World
@@ -42,9 +42,10 @@ def open_samples(job: Job) -> Any:
     settings = job.evaluation
     if settings["data"] is None:
         return None
-    from nemo_bard.evaluation.evaluate import load_dataset, resolve_scorer
+    from nemo_bard.data.readers import open_dataset
+    from nemo_bard.evaluation.evaluate import resolve_scorer
 
-    dataset = load_dataset(settings["data"], limit=settings["limit"])
+    dataset = open_dataset(settings["data"], limit=settings["limit"])
     resolve_scorer(settings["scorer"], dataset)
     decoding(None, settings)
     return dataset

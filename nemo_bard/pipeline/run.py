@@ -16,17 +16,17 @@ from typing import Any
 
 import yaml
 
-from nemo_bard.base.console import allow_all_lines, keep_to_own_lines
 from nemo_bard.base.files import locked, read_json, write_json, write_text, write_whole
-from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.launch.local import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
-from nemo_bard.pipeline import checks, manifest
+from nemo_bard.pipeline import checks, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
 from nemo_bard.pipeline.job import Job, Stage, make_job
 from nemo_bard.pipeline.training import final_export, train
 from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
 from nemo_bard.report.run import duration, write_report
+from nemo_bard.upstream.console import allow_all_lines, keep_to_own_lines
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Pipeline:
         """Bring one stage to its end and score it; False if a signal came first."""
         number = [s.name for s in self.job.stages].index(stage.name) + 1
         head = f"[{number}/{len(self.job.stages)}] {stage.name}"
-        record = self.world.on_main(lambda: manifest.finished(stage, self.job))
+        record = self.world.on_main(lambda: compare.finished(stage, self.job))
         if record is not None:
             self.say(f"{head}: finished before")
         else:
@@ -166,7 +166,7 @@ class Pipeline:
         if stage.evaluate and self.job.evaluation["data"] is not None:
             if self.world.should_stop():
                 return False
-            export = self.job.run_dir / record["export"]
+            export = manifest.export_of(self.job, record)
             last = stage.name == [s.name for s in self.job.stages if s.evaluate][-1]
             scored = evaluate_stage(stage, self.job, self.world, export, record["content"], last=last)
             scores = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f} %" for name, v in scored["scores"].items())
@@ -200,9 +200,9 @@ class Pipeline:
     def _start(self, stage: Stage) -> dict[str, Any]:
         """Write what the stage is made from, or compare with what it was begun with; rank 0."""
         old = read_json(stage.folder / manifest.STARTED)
-        now = manifest.describe(stage, self.job, old or self._known)
+        now = compare.ingredients(stage, self.job, old or self._known)
         if old is not None and manifest.newest_checkpoint(stage.checkpoints)[0] is not None:
-            manifest.check_same(stage, self.job, old, now, "begun")
+            compare.check_same(stage, self.job, old, now, "begun")
             if old["processes"] != self.world.size:
                 raise ValueError(
                     f"stage {stage.name} was begun with {old['processes']} processes, now there are {self.world.size};"

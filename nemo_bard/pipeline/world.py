@@ -12,11 +12,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from nemo_bard.base.errors import USER_ERRORS
 from nemo_bard.launch.local import EXIT_USER_ERROR, PREEMPTION_SIGNALS, under_torchrun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 PR_SET_PDEATHSIG = 1
 
 
@@ -93,9 +93,9 @@ class World:
 
     def connect(self, timeout_minutes: int) -> None:
         """Set up collectives; the agreements here go through the CPU, whatever training uses."""
-        from nemo_bard.train import cpu_compat
+        from nemo_bard.upstream import cpu
 
-        cpu_compat.apply()
+        cpu.apply()
         if self.size == 1:
             return
         import torch

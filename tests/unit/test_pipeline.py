@@ -15,7 +15,7 @@ from torch import tensor
 
 from nemo_bard.base.files import locked
 from nemo_bard.launch.local import EXIT_PREEMPTED
-from nemo_bard.pipeline import Pipeline, manifest
+from nemo_bard.pipeline import Pipeline, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.status import read_status, render
@@ -263,7 +263,7 @@ def test_what_does_not_change_the_result_may_change(chain):
 def test_changed_versions_and_inputs_are_refused(chain, monkeypatch):
     run()
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "versions", lambda: {"torch": "0.1"})
+        patch.setattr(compare, "versions", lambda: {"torch": "0.1"})
         with pytest.raises(ValueError, match=r"stage a was finished with torch 2[.\d+\w]+, now 0.1; set allow_version"):
             run()
         assert run("allow_version_change=true") == 0
@@ -275,8 +275,8 @@ def test_changed_versions_and_inputs_are_refused(chain, monkeypatch):
 def test_another_name_on_the_hub_is_another_start(chain):
     stage = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/one"]))).stages[0]
     other = make_job(compose(read_words(Path("chain.yaml"), ["stage.a.init=org/two"])))
-    configs = [manifest.compared_config(s, other) for s in (stage, other.stages[0])]
-    assert manifest.first_difference(*configs) == ("named.init", "org/one", "org/two")
+    configs = [compare.compared_config(s, other) for s in (stage, other.stages[0])]
+    assert compare.first_difference(*configs) == ("named.init", "org/one", "org/two")
 
 
 def test_a_data_file_is_read_once(chain, monkeypatch):
