@@ -109,8 +109,12 @@ def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]
         repeated: Slots (places of samples in the microbatch, as in ``batch["slots"]``) that must not count.
 
     Returns:
-        The batch, in which the tokens of those samples belong to nobody and ``num_samples`` leaves them out.
+        The batch, in which the tokens of those samples belong to nobody and ``num_samples`` leaves them out, as does
+        ``rejects``.
     """
+    if not repeated:
+        return batch
+    batch = {**batch, "rejects": [bad for bad in batch["rejects"] if bad.slot not in repeated]}
     out = [number for number, slot in enumerate(batch["slots"]) if slot in repeated]
     if not out:
         return batch

@@ -41,6 +41,8 @@ class StepTotals(NamedTuple):
     """Tokens that the context predicts, with ``ar_loss_weight``."""
     num_positions: int = 0
     """Positions of all rows, padding included."""
+    num_bad: int = 0
+    """Samples left out because they cannot be used."""
 
 
 UNIT_TOTALS = StepTotals(1, 1, 0, 0, num_ar_tokens=1)
@@ -57,6 +59,7 @@ def count(batches: Iterable[Batch]) -> StepTotals:
             b["num_dropped"],
             int((b["ar_response_ids"] >= 0).sum()) if "ar_response_ids" in b else 0,
             b["sample_ids"].numel(),
+            len(b["rejects"]),
         )
         for b in batches
     )

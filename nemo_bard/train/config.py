@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.settings import check_keys
+from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.method.chunked import check_chunk_tokens
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 
@@ -21,7 +22,7 @@ RECIPE_KEYS = (
     "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
     "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
     "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens", "ar_loss_weight",
-    "packing",
+    "packing", "on_bad_sample",
 )  # fmt: skip
 """Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
 REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
@@ -106,6 +107,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
             "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length"
         )
     _check_packing(raw)
+    check_on_bad_sample(raw.get("on_bad_sample"))
     _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
     check_chunk_tokens(raw.get("loss_chunk_tokens"))

@@ -24,12 +24,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nemo_bard.data.collate import DEFAULT_MAX_LENGTH
 from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
+from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.generation.settings import check_mask_token_id
 from nemo_bard.method.losses import BlockDiffusionLoss
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, make_objective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train.adapters import export_merged
+from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import check_ar_loss, check_batch_sizes, validate_recipe
 from nemo_bard.train.masks import FLEX_TILE, uses_flex
 from nemo_bard.train.phases import NoiseOfRun
@@ -79,6 +81,9 @@ class PBMRecipe(ValidatedTraining):
         self.seed = int(self.cfg.get("seed", 42))
         self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", None)
         self._fill_defaults()
+        self.on_bad_sample = check_on_bad_sample(_section(self.cfg, "on_bad_sample"))
+        if self.on_bad_sample.drops:
+            without_checks(self.cfg)
         self.packing = _section(self.cfg, "packing") or {}
         if self.packing.get("max_length") is not None:
             loader = PlannedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
@@ -100,6 +105,12 @@ class PBMRecipe(ValidatedTraining):
             self.val_dataloader.collate_fn = self._complete(
                 self.val_dataloader.collate_fn, self.validation_noise.settings
             )
+        self.bad_samples = BadSamples(
+            self.on_bad_sample, Path(self.checkpointer.config.checkpoint_dir), is_main=self.dist_env.is_main
+        )
+        for split, loader in (("train", self.dataloader), ("validation", self.val_dataloader)):
+            if loader is not None:
+                self.bad_samples.guard(split, loader)
         self.num_random_ids = self._random_ids()
         self.num_dropped = 0
         self.noise_of_run = NoiseOfRun(NoiseSchedule.from_dict(noise), is_main=self.dist_env.is_main)
@@ -119,7 +130,9 @@ class PBMRecipe(ValidatedTraining):
             longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
             settings["max_length"] = min(longest, self.packing["max_length"])
             settings["max_row_length"] = self.packing["max_length"]
-        return collate(config=self._model_config, **settings)
+        collator = collate(config=self._model_config, **settings)
+        collator.keep_bad = True
+        return collator
 
     def _pack(self, dataset: Any, processor: Any) -> PackedDataset:
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
@@ -132,6 +145,7 @@ class PBMRecipe(ValidatedTraining):
             seed=self.seed,
             shuffle=loader.shuffle,
             num_workers=loader.num_workers,
+            drop_bad=self.on_bad_sample.drops,
         )
 
     def _make_objective(self) -> Objective:

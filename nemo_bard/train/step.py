@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.method.objectives import UNIT_TOTALS, Objective, StepTotals, count
 from nemo_bard.model.configuration import BardVLConfig
+from nemo_bard.train.bad_samples import BadSamples
 from nemo_bard.train.flops import batch_flops, utilisation
 from nemo_bard.train.forward import batch_loss
 from nemo_bard.train.phases import NoiseOfRun
@@ -40,6 +41,8 @@ class TrainingStep(VLMRecipe):
     """How many ids random replacements are drawn from."""
     num_dropped: int
     """Samples dropped in this run so far because they are too long."""
+    bad_samples: BadSamples
+    """What becomes of samples that cannot be used."""
     seed: int
     """Of weights and noise."""
     compute_dtype: torch.dtype
@@ -62,6 +65,7 @@ class TrainingStep(VLMRecipe):
             for i, batch in enumerate(batches)
         ]
         totals = self._reduce(count(batches))
+        self._settle_bad("train", batches, totals)
         self._report_dropped(totals)
         started = self.timestamp
         self.part_sums.clear()
@@ -74,6 +78,7 @@ class TrainingStep(VLMRecipe):
             num_samples=totals.num_samples,
             num_loss_tokens=totals.num_loss_tokens,
             num_dropped=totals.num_dropped,
+            num_bad=totals.num_bad,
             num_tokens_per_step=totals.num_tokens,
             fill=totals.num_tokens / max(totals.num_positions, 1),
             tps=tps,
@@ -119,11 +124,18 @@ class TrainingStep(VLMRecipe):
         """
         sampler, size = loader.sampler, len(loader.dataset)
         first = position * loader.batch_size
-        repeated = {slot for slot in batch["slots"] if (first + slot) * sampler.num_replicas + sampler.rank >= size}
+        slots = {*batch["slots"], *(bad.slot for bad in batch["rejects"])}
+        repeated = {slot for slot in slots if (first + slot) * sampler.num_replicas + sampler.rank >= size}
         return without_samples(batch, repeated)
 
     def _reduce(self, totals: StepTotals) -> StepTotals:
         return StepTotals(*self.sum_over_ranks(torch.tensor(totals, dtype=torch.long)).tolist())
+
+    def _settle_bad(self, split: str, batches: list[dict[str, Any]], totals: StepTotals) -> None:
+        """Drop the bad samples of a step, or end the run."""
+        if totals.num_bad:
+            scheduler = self.step_scheduler
+            self.bad_samples.settle(split, batches, step=scheduler.step, epoch=scheduler.epoch)
 
     def _report_dropped(self, totals: StepTotals) -> None:
         self.num_dropped += totals.num_dropped

@@ -73,14 +73,17 @@ class ValidatedTraining(TrainingStep):
         context = self._noise_context(VALIDATION_SEED, 0, VALIDATION_STREAM)
         losses: list[Tensor] = []
         seen: list[StepTotals] = []
+        rejected: list[dict[str, Any]] = []
         self.part_sums.clear()
         for index, collated in enumerate(val_dataloader):
             batch = self._without_repeats(collated, val_dataloader, index)
             batch = corrupt_batch(batch, noise, context)
+            rejected.append({"rejects": batch["rejects"]})
             seen.append(count([batch]))
             weighed = self.objective.weigh(batch, UNIT_TOTALS)
             self.microbatch(0, weighed, losses=losses, num_batches=1, is_train=False)
         totals = self._reduce(add_up(seen))
+        self._settle_bad("validation", rejected, totals)
         total = self.sum_over_ranks(torch.stack(losses).double().sum(), context_parallel=True).item()
         found = self.objective.reduce(total, self._reduced_parts(), totals)
         metrics: dict[str, Any] = {f"val_{name}": value for name, value in found.items()}
@@ -92,6 +95,7 @@ class ValidatedTraining(TrainingStep):
                 "lr": self.optimizer[0].param_groups[0]["lr"],
                 "num_label_tokens": totals.num_loss_tokens,
                 "num_samples": totals.num_samples,
+                "num_bad": totals.num_bad,
                 "mem": torch.cuda.max_memory_allocated() / 1024**3 if torch.cuda.is_available() else 0.0,
             },
         )

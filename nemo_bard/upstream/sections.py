@@ -137,7 +137,9 @@ def _first_arguments(function: ast.FunctionDef, methods: Iterable[str], *, of: s
 def _constant(module: str, name: str) -> list[str]:
     """Keys or items of a literal at module level."""
     for node in _tree(module).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return list(ast.literal_eval(node.value))  # type: ignore[union-attr]
     raise LookupError(f"{module} has no {name}")

@@ -97,7 +97,7 @@ def test_pixels_are_not_read(tiny, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text(f"{line}\n{line}\n")
     data, make = JsonlDataset(tmp_path / "train.jsonl"), collator(tiny)
     expected = [len(make.encode(data[i])) for i in range(2)]
-    monkeypatch.setattr(make, "_tokenize", None)
+    monkeypatch.setattr("nemo_bard.data.collate.encode", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     assert measure(data, make).row_lengths(4).tolist() == expected
 

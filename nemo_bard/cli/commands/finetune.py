@@ -90,7 +90,7 @@ def run_in_process(recipe_class: type, config_path: Path, overrides: list[str], 
         if getattr(recipe_class, "parses_overrides", False):
             recipe = recipe_class.from_overrides(config_path, overrides)
         else:
-            from nemo_bard.train import cpu_compat
+            from nemo_bard.upstream import cpu as cpu_compat
 
             cpu_compat.apply()  # without CUDA, NeMo AutoModel's own recipes run too
             recipe = recipe_class(load_config(config_path, pairs))
