@@ -2,80 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.base.errors import not_one_of
+from nemo_bard.base.registry import import_dotted
 from nemo_bard.base.settings import check_keys
 from nemo_bard.data.rejects import check_on_bad_sample
-from nemo_bard.method.chunked import check_chunk_tokens
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
+from nemo_bard.train.keys import COLLATOR, check_all_keys, collator_keys
+from nemo_bard.train.settings import DistillationSettings, PackingSettings, RecipeSettings
 
-RECIPE_KEYS = (
-    "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
-    "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
-    "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
-    "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens", "ar_loss_weight",
-    "packing", "on_bad_sample",
-)  # fmt: skip
-"""Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
-REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
-ANCHOR_KEYS = ("anchor", "offload_anchor")
-SECTION_KEYS = {
-    "dist_env": ("backend", "timeout_minutes"),
-    "step_scheduler": (
-        "global_batch_size", "local_batch_size", "num_epochs", "max_steps", "ckpt_every_steps",
-        "save_checkpoint_every_epoch", "validate_on_checkpoint", "val_every_steps", "log_remote_every_steps",
-        "loss_average_window_steps", "gc_every_steps", "start_step", "start_epoch", "preemption_signal",
-    ),
-    "lr_scheduler": (
-        "_target_", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "init_lr", "max_lr", "min_lr", "start_wd",
-        "end_wd", "wd_incr_steps", "wd_incr_style", "use_checkpoint_opt_param_scheduler",
-        "override_opt_param_scheduler", "wsd_decay_steps", "lr_wsd_decay_style",
-    ),
-    "dataloader": (
-        "_target_", "shuffle", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last",
-        "collate_fn",
-    ),
-    "distributed": (
-        "_target_", "strategy", "tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size",
-        "activation_checkpointing", "activation_checkpointing_scope", "mp_policy", "offload_policy", "autocast_dtype",
-        "defer_fsdp_grad_sync", "reshard_after_forward", "enable_compile", "enable_fsdp2_prefetch",
-        "fsdp2_backward_prefetch_depth", "fsdp2_forward_prefetch_depth", "sequence_parallel", "tp_plan",
-        "enable_async_tensor_parallel", "patch_is_packed_sequence", "multimodal", "pipeline", "moe",
-    ),
-    "clip_grad_norm": ("max_norm", "backend"),
-    "packing": ("max_length", "cache_dir"),
-    "freeze_config": (
-        "freeze_modules", "unfreeze_modules", "freeze_vision_tower", "freeze_audio_tower", "freeze_language_model",
-        "freeze_video_embedder",
-    ),
-    "peft": (
-        "_target_", "target_modules", "exclude_modules", "match_all_linear", "dim", "alpha", "use_dora", "dropout",
-        "dropout_position", "lora_A_init", "lora_dtype", "use_memory_efficient_lora", "use_triton",
-    ),
-    "checkpoint": (
-        "enabled", "checkpoint_dir", "restore_from", "best_metric_key", "model_save_format", "model_cache_dir",
-        "model_repo_id", "save_consolidated", "is_peft", "model_state_dict_keys", "is_async", "wait_for_staging",
-        "cpu_offload", "allow_legacy_pickle_restore", "dequantize_base_checkpoint", "original_model_root_dir",
-        "skip_task_head_prefixes_for_base_model", "single_rank_consolidation", "staging_dir", "v4_compatible",
-        "legacy_paramwrapper_layout", "diffusers_compatible", "max_recent_checkpoints", "consolidation_timeout_minutes",
-    ),
-    "model": (
-        "_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype", "attn_implementation",
-        "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "trust_remote_code", "cache_dir",
-        "revision", "token", "text_config", "vision_config", "quantization_config", "block_size", "mask_token_id",
-        "context_attention", "assistant_header_ids", "eos_token_id", "tie_word_embeddings",
-    ),
-}  # fmt: skip
 BACKENDS = ("auto", "nccl", "gloo")
-COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
 
@@ -92,44 +34,23 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     """
     if "ema" in raw:
         raise ValueError("ema: NeMo AutoModel 0.7.0 has no average of weights in its VLM recipe; remove the key")
-    check_keys("", raw, [*RECIPE_KEYS, *(ANCHOR_KEYS if with_anchor else ())])
-    for key in [*REQUIRED_KEYS, *(["anchor"] if with_anchor else [])]:
-        if not isinstance(raw.get(key), Mapping):
-            raise ValueError(f"the recipe needs a section {key!r}, got {raw.get(key)!r}")
-    for section, known in {**SECTION_KEYS, "anchor": SECTION_KEYS["model"]}.items():
-        for name in (section, f"validation_{section}") if section == "dataloader" else (section,):
-            if raw.get(name) is not None:
-                if not isinstance(raw[name], Mapping):
-                    raise ValueError(f"{name} must be a section of keys, got {raw[name]!r}")
-                check_keys(name, raw[name], known)
-    if raw.get("packed_sequence"):
-        raise ValueError(
-            "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length"
-        )
+    check_all_keys(raw, with_anchor=with_anchor)
+    settings = (DistillationSettings if with_anchor else RecipeSettings).from_recipe(raw)
     _check_packing(raw)
     check_on_bad_sample(raw.get("on_bad_sample"))
-    _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
-    check_chunk_tokens(raw.get("loss_chunk_tokens"))
-    seed = raw.get("seed", 42)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
     _check_distributed(raw["distributed"])
     _check_optimizer(raw["optimizer"])
     _check_step_scheduler(raw["step_scheduler"])
     _check_lr_scheduler(raw.get("lr_scheduler") or {}, raw)
     for name in ("model", "anchor") if with_anchor else ("model",):
         _check_model(name, raw[name])
-    _check_ar_loss(raw)
-    offload = raw.get("offload_anchor", False)
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload_anchor must be true or false, got {offload!r}")
+    _check_ar_loss(raw, settings.ar_loss_weight)
     for name in ("dataset", "validation_dataset"):
         _check_dataset(name, raw.get(name))
     for name in ("dataloader", "validation_dataloader"):
         if raw.get(name.replace("dataloader", "dataset")) is not None:
             _check_collator(name, raw.get(name) or {})
-            _check_workers(name, raw.get(name) or {})
     _check_noise(raw)
     _check_freeze(raw.get("freeze_config"))
     _check_peft(raw)
@@ -138,9 +59,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
 
 def _check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+        raise not_one_of(key, value, allowed)
 
 
 def _check_count(key: str, value: object) -> None:
@@ -244,14 +163,12 @@ def _check_model(section_name: str, section: Mapping[str, Any]) -> None:
         raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
 
 
-def check_ar_loss(weight: object, context_attention: str | None) -> None:
+def check_ar_loss(weight: float, context_attention: str | None) -> None:
     """Check ``ar_loss_weight`` against the model's ``context_attention`` (None if that is not known yet).
 
     Raises:
-        ValueError: If the weight is no number >= 0, or the context cannot learn to predict the next token.
+        ValueError: If the context cannot learn to predict the next token.
     """
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"ar_loss_weight must be a number >= 0, got {weight!r}")
     if weight and context_attention not in (None, "causal"):
         raise ValueError(
             f"ar_loss_weight={weight} needs a model with context_attention: causal (a token must not see the next one),"
@@ -259,12 +176,12 @@ def check_ar_loss(weight: object, context_attention: str | None) -> None:
         )
 
 
-def _check_ar_loss(raw: Mapping[str, Any]) -> None:
+def _check_ar_loss(raw: Mapping[str, Any], weight: float) -> None:
     attention = raw["model"].get("context_attention")
     config_file = Path(raw["model"]["pretrained_model_name_or_path"]) / "config.json"
     if attention is None and config_file.is_file():
         attention = json.loads(config_file.read_text()).get("context_attention", "block")
-    check_ar_loss(raw.get("ar_loss_weight", 0.0), attention)
+    check_ar_loss(weight, attention)
 
 
 def _check_dataset(name: str, section: object) -> None:
@@ -292,33 +209,19 @@ def _check_dataset(name: str, section: object) -> None:
 
 
 def _check_packing(raw: Mapping[str, Any]) -> None:
-    section = raw.get("packing") or {}
-    if section.get("max_length") is None:
+    if PackingSettings.from_dict(raw.get("packing")).max_length is None:
         return
-    _check_count("packing.max_length", section["max_length"])
-    cache = section.get("cache_dir")
-    if cache is not None and (not isinstance(cache, str) or not cache):
-        raise ValueError(f"packing.cache_dir must be a folder or null, got {cache!r}")
     collator = (raw["dataloader"].get("collate_fn") or {}).get("_target_")
-    if not str(collator).endswith("nemo_bard.data.BlockDiffusionCollator"):
-        raise ValueError(
-            f"packing needs dataloader.collate_fn._target_: nemo_bard.data.BlockDiffusionCollator, got {collator!r}"
-        )
-
-
-def _check_workers(name: str, section: Mapping[str, Any]) -> None:
-    for key in ("persistent_workers", "prefetch_factor"):
-        if section.get(key) and not section.get("num_workers"):
-            raise ValueError(f"{name}.{key}={section[key]} needs {name}.num_workers > 0")
+    if not str(collator).endswith(COLLATOR):
+        raise ValueError(f"packing needs dataloader.collate_fn._target_: {COLLATOR}, got {collator!r}")
 
 
 def _check_collator(name: str, section: Mapping[str, Any]) -> None:
     collator = section.get("collate_fn")
     if not isinstance(collator, Mapping) or not collator.get("_target_"):
         raise ValueError(f"{name}.collate_fn must be a section with _target_, got {collator!r}")
-    if str(collator["_target_"]).endswith("nemo_bard.data.BlockDiffusionCollator"):
-        known = ("_target_", "max_length", "turns", "overlong", "pad_to_multiple_of")
-        check_keys(f"{name}.collate_fn", collator, known)
+    if str(collator["_target_"]).endswith(COLLATOR):
+        check_keys(f"{name}.collate_fn", collator, collator_keys())
 
 
 def _check_noise(raw: Mapping[str, Any]) -> None:
@@ -390,8 +293,7 @@ def _check_best_metric(raw: Mapping[str, Any], with_anchor: bool) -> None:
 
 
 def _resolve(key: str, dotted: str) -> Any:
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: {dotted} cannot be imported ({error})") from error
+        return import_dotted(dotted)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -35,6 +35,7 @@ from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import check_ar_loss, check_batch_sizes, validate_recipe
 from nemo_bard.train.masks import FLEX_TILE, uses_flex
 from nemo_bard.train.phases import NoiseOfRun
+from nemo_bard.train.settings import PackingSettings, RecipeSettings
 from nemo_bard.train.validation import ValidatedTraining
 from nemo_bard.upstream import automodel, cpu
 from nemo_bard.upstream.recipe import PlannedDataloaderConfig, run_main
@@ -49,8 +50,10 @@ class PBMRecipe(ValidatedTraining):
 
     loss_class: ClassVar[type[nn.Module]] = BlockDiffusionLoss
     """What ``loss_fn`` has to be."""
-    ar_loss_weight: float = 0.0
-    """Weight of the joint autoregressive loss, see ``JointObjective``."""
+    settings_class: ClassVar[type[RecipeSettings]] = RecipeSettings
+    """Our values at the top level of the recipe."""
+    settings: RecipeSettings
+    """Those of this run."""
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -70,22 +73,22 @@ class PBMRecipe(ValidatedTraining):
         Raises:
             ValueError: If the recipe or the checkpoint is not as it must be.
         """
-        self.validate_config(self.cfg.to_yaml_dict(use_orig_values=True))
+        raw = self.cfg.to_yaml_dict(use_orig_values=True)
+        self.validate_config(raw)
+        self.settings = self.settings_class.from_recipe(raw)
         cpu.apply()
         noise = _section(self.cfg, "noise") or {}
         self.noise = NoiseSettings.from_dict({key: value for key, value in noise.items() if key != "schedule"})
-        self.ar_loss_weight = float(self.cfg.get("ar_loss_weight", 0.0))
         self.part_sums = []
         self.validation_losses = {}
         self.validation_noise = ValidationNoise.from_dict(_section(self.cfg, "validation_noise"), self.noise)
-        self.seed = int(self.cfg.get("seed", 42))
-        self.loss_chunk_tokens = self.cfg.get("loss_chunk_tokens", None)
+        self.seed, self.loss_chunk_tokens = self.settings.seed, self.settings.loss_chunk_tokens
         self._fill_defaults()
         self.on_bad_sample = check_on_bad_sample(_section(self.cfg, "on_bad_sample"))
         if self.on_bad_sample.drops:
             without_checks(self.cfg)
-        self.packing = _section(self.cfg, "packing") or {}
-        if self.packing.get("max_length") is not None:
+        self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
+        if self.packing.max_length is not None:
             loader = PlannedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
             automodel.set_training_loader(self.cfg, loader)
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
@@ -126,10 +129,10 @@ class PBMRecipe(ValidatedTraining):
         settings = self._collator_settings(noise)
         if uses_flex(self._model_config, self.dist_env.device):
             settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
-        if packed and self.packing.get("max_length") is not None:
+        if packed and self.packing.max_length is not None:
             longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
-            settings["max_length"] = min(longest, self.packing["max_length"])
-            settings["max_row_length"] = self.packing["max_length"]
+            settings["max_length"] = min(longest, self.packing.max_length)
+            settings["max_row_length"] = self.packing.max_length
         collator = collate(config=self._model_config, **settings)
         collator.keep_bad = True
         return collator
@@ -141,7 +144,7 @@ class PBMRecipe(ValidatedTraining):
         return pack_dataset(
             dataset,
             self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
-            cache_dir=Path(self.packing.get("cache_dir") or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
+            cache_dir=Path(self.packing.cache_dir or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
             seed=self.seed,
             shuffle=loader.shuffle,
             num_workers=loader.num_workers,
@@ -153,11 +156,12 @@ class PBMRecipe(ValidatedTraining):
         return self._with_joint_loss(make_objective(self.loss_fn, PBMObjective))
 
     def _with_joint_loss(self, objective: Objective) -> Objective:
-        return JointObjective(objective, self.ar_loss_weight) if self.ar_loss_weight else objective
+        weight = self.settings.ar_loss_weight
+        return JointObjective(objective, weight) if weight else objective
 
     def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
         """What a collator gets from the recipe besides the model's configuration; ``noise`` is that of its batches."""
-        return {"noisy_copies": 2 if noise.complementary else 1, "next_token": self.ar_loss_weight > 0}
+        return {"noisy_copies": 2 if noise.complementary else 1, "next_token": self.settings.ar_loss_weight > 0}
 
     def _fill_defaults(self) -> None:
         """Write values that depend on the machine, or that must not be upstream's default, into the configuration."""
@@ -168,7 +172,7 @@ class PBMRecipe(ValidatedTraining):
             self.cfg.set_by_dotted("dist_env.timeout_minutes", DEFAULT_TIMEOUT_MINUTES)
         if (self.cfg.get("model.attn_implementation", None) or "auto") == "auto":
             self.cfg.set_by_dotted("model.attn_implementation", "bard")
-        compute = self.cfg.get("compute_dtype", "auto")
+        compute = self.settings.compute_dtype
         if compute == "auto":
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
         self.compute_dtype = getattr(torch, compute)
@@ -201,7 +205,7 @@ class PBMRecipe(ValidatedTraining):
         if hasattr(model.lm_head, "lora_A"):
             raise ValueError("peft puts an adapter on lm_head, which this recipe does not support; exclude lm_head")
         _check_processor(self.processor)
-        check_ar_loss(self.ar_loss_weight, self._model_config.context_attention)
+        check_ar_loss(self.settings.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
         model.generation_config.block_size = None
         samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")

@@ -31,6 +31,7 @@ from nemo_bard.train.config import validate_recipe
 from nemo_bard.train.flops import batch_flops
 from nemo_bard.train.forward import model_inputs
 from nemo_bard.train.pbm import PBMRecipe
+from nemo_bard.train.settings import DistillationSettings
 from nemo_bard.upstream.recipe import run_main
 
 OVERRIDES = ("block_size", "mask_token_id")
@@ -114,6 +115,8 @@ class SWDRecipe(PBMRecipe):
     """PBM with a frozen anchor; see ``recipes/swd.yaml`` for its settings."""
 
     loss_class = DistillationLoss
+    settings_class = DistillationSettings
+    settings: DistillationSettings
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -149,7 +152,7 @@ class SWDRecipe(PBMRecipe):
             )
         assert anchor.config.block_size == self.anchor_block_size
         # Without CUDA there is nowhere to offload from.
-        self.offload_anchor = self.cfg.get("offload_anchor", False) and self.dist_env.device.type == "cuda"
+        self.offload_anchor = self.settings.offload_anchor and self.dist_env.device.type == "cuda"
         self.anchor = anchor.to("cpu" if self.offload_anchor else self.dist_env.device).eval().requires_grad_(False)
         self.untrack_state("anchor")
 

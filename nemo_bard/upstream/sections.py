@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _STEP_SCHEDULER = "nemo_automodel.components.training.step_scheduler"
 _AUTO_MODEL = "nemo_automodel._transformers.auto_model"
@@ -33,28 +34,35 @@ INFRASTRUCTURE = (
 """Arguments of a model's ``_target_`` that AutoModel's recipe gives it, not its section."""
 
 
+UNKNOWN = object()
+"""Default of a key that has none, or one that is no literal."""
+
+
 @cache
-def section_keys() -> dict[str, tuple[str, ...]]:
-    """Keys of the sections that AutoModel turns into something of its own; ``peft`` and others have ``_target_`` too."""
+def section_keys() -> dict[str, dict[str, Any]]:
+    """Keys of the sections that AutoModel turns into something of its own, with their defaults."""
     read = keys_read()
-    target = ("_target_",)
+    target = {"_target_": None}
     return {
-        "dist_env": tuple(read["dist_env"]),
-        "clip_grad_norm": tuple(read["clip_grad_norm"]),
-        "step_scheduler": (*_class_fields(_STEP_SCHEDULER, "StepSchedulerConfig"), "local_batch_size"),
-        "lr_scheduler": (*target, *_class_fields("nemo_automodel.components.optim.optimizer", "LRSchedulerConfig")),
-        "dataloader": (*target, "collate_fn", *_loader_keys()),
+        "dist_env": dict.fromkeys(read["dist_env"], UNKNOWN),
+        "clip_grad_norm": dict.fromkeys(read["clip_grad_norm"], UNKNOWN),
+        "step_scheduler": {**_fields(_STEP_SCHEDULER, "StepSchedulerConfig"), "local_batch_size": UNKNOWN},
+        "lr_scheduler": target | _fields("nemo_automodel.components.optim.optimizer", "LRSchedulerConfig"),
+        "dataloader": target | {"collate_fn": UNKNOWN} | _loader_keys(),
         "distributed": _distributed_keys(),
-        "freeze_config": _class_fields("nemo_automodel.components.utils.model_utils", "FreezeConfig"),
-        "peft": (*target, *_class_fields("nemo_automodel.components._peft.lora", "PeftConfig")),
-        "checkpoint": (
-            *_class_fields("nemo_automodel.components.checkpoint.config", "CheckpointingConfig"),
-            *read["checkpoint"],
-        ),
-        "prewarm": _class_fields("nemo_automodel.components.training.prewarm", "PrewarmConfig"),
-        "mlflow": _class_fields("nemo_automodel.components.loggers.loggers", "MLflowConfig"),
+        "freeze_config": _fields("nemo_automodel.components.utils.model_utils", "FreezeConfig"),
+        "peft": target | _fields("nemo_automodel.components._peft.lora", "PeftConfig"),
+        "checkpoint": dict.fromkeys(read["checkpoint"], UNKNOWN)
+        | _fields("nemo_automodel.components.checkpoint.config", "CheckpointingConfig"),
+        "prewarm": _fields("nemo_automodel.components.training.prewarm", "PrewarmConfig"),
+        "mlflow": _fields("nemo_automodel.components.loggers.loggers", "MLflowConfig"),
         "model": _model_keys(),
     }
+
+
+def constructor_keys(module: str, name: str) -> tuple[str, ...]:
+    """Parameters of a class's ``__init__``, the class not being imported."""
+    return tuple(key for key in _parameters(_function(_class(module, name), "__init__")) if key != "self")
 
 
 @cache
@@ -74,39 +82,45 @@ def keys_read() -> dict[str, tuple[str, ...]]:
     return {section: tuple(dict.fromkeys(keys)) for section, keys in found.items() if section not in _METHODS}
 
 
-def _distributed_keys() -> tuple[str, ...]:
+def _distributed_keys() -> dict[str, Any]:
     """Sizes and what ``parse_distributed_section`` takes out, then what is left for the strategy ``fsdp2``."""
     parse = _function(_tree(_DISTRIBUTED), "parse_distributed_section")
-    taken = [name for name in _first_arguments(parse, {"pop"}) if name]
+    taken = dict.fromkeys(["_target_", *_first_arguments(parse, {"pop"})])
     sizes = _constant(_DISTRIBUTED, "_PARALLELISM_DEFAULTS")
-    strategy = _class_fields("nemo_automodel.components.distributed.config", "FSDP2Config")
-    return tuple(dict.fromkeys(["_target_", *taken, *sizes, *strategy]))
+    return taken | sizes | _fields("nemo_automodel.components.distributed.config", "FSDP2Config")
 
 
-def _loader_keys() -> tuple[str, ...]:
+def _loader_keys() -> dict[str, Any]:
     """Keys of the loader itself: what AutoModel's pipeline has in common with the loader that it builds."""
-    loader = _function(_class("torchdata.stateful_dataloader.stateful_dataloader", "StatefulDataLoader"), "__init__")
-    return tuple(name for name in _class_fields(_DATALOADER, "VlmDataloaderConfig") if name in _parameters(loader))
+    loader = constructor_keys("torchdata.stateful_dataloader.stateful_dataloader", "StatefulDataLoader")
+    return {key: value for key, value in _fields(_DATALOADER, "VlmDataloaderConfig").items() if key in loader}
 
 
-def _model_keys() -> tuple[str, ...]:
+def _model_keys() -> dict[str, Any]:
     """Arguments of ``from_pretrained``, what it reads from its keywords, and fields of the model's configuration."""
-    base = _class(_AUTO_MODEL, "_BaseNeMoAutoModelClass")
-    load = _function(base, "from_pretrained")
-    keywords = [name for name in _first_arguments(load, {"pop", "get"}, of="kwargs") if name]
+    load = _function(_class(_AUTO_MODEL, "_BaseNeMoAutoModelClass"), "from_pretrained")
+    keywords = _first_arguments(load, {"pop", "get"}, of="kwargs")
     hub = _constant(_AUTO_MODEL, "_AUTO_CONFIG_HUB_KWARG_KEYS")
-    config = [*_class_fields(_QWEN, "Qwen3VLConfig"), *_class_fields("nemo_bard.model.configuration", "BardVLConfig")]
-    names = ["_target_", *_parameters(load), *keywords, *hub, "trust_remote_code", *config]
-    return tuple(name for name in dict.fromkeys(names) if name not in (*INFRASTRUCTURE, "cls"))
+    names = ["_target_", *_parameters(load), *keywords, *hub, "trust_remote_code"]
+    config = _fields(_QWEN, "Qwen3VLConfig") | _fields("nemo_bard.model.configuration", "BardVLConfig")
+    found = dict.fromkeys(names, UNKNOWN) | config
+    return {key: value for key, value in found.items() if key not in (*INFRASTRUCTURE, "cls")}
 
 
-def _class_fields(module: str, name: str) -> tuple[str, ...]:
-    """Fields of a dataclass, those of its bases elsewhere left out."""
-    return tuple(
-        node.target.id
+def _fields(module: str, name: str) -> dict[str, Any]:
+    """Fields of a dataclass and their defaults, those of its bases elsewhere left out."""
+    return {
+        node.target.id: _literal(node.value)
         for node in _class(module, name).body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not _is_class_var(node)
-    )
+    }
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return UNKNOWN if node is None else ast.literal_eval(node)
+    except ValueError:
+        return UNKNOWN
 
 
 def _is_class_var(node: ast.AnnAssign) -> bool:
@@ -134,14 +148,15 @@ def _first_arguments(function: ast.FunctionDef, methods: Iterable[str], *, of: s
     ]
 
 
-def _constant(module: str, name: str) -> list[str]:
-    """Keys or items of a literal at module level."""
+def _constant(module: str, name: str) -> Any:
+    """A literal at module level."""
     for node in _tree(module).body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
+        if isinstance(node, ast.Assign):
+            targets: list[ast.expr] = node.targets
+        else:
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else []
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return list(ast.literal_eval(node.value))  # type: ignore[union-attr]
+            return ast.literal_eval(node.value)  # type: ignore[union-attr]
     raise LookupError(f"{module} has no {name}")
 
 
