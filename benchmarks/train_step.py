@@ -5,7 +5,7 @@
 
 The plain path does what the reference implementation does: the whole clean response and its padding are laid out, the
 mask is dense and made on the CPU for each sample, logits are computed in float32 at all positions, one sample at a
-time. Ours is the recipe's own code (``PBMRecipe._compute_loss``). All must give the same loss. Without a GPU every path
+time. Ours is the recipe's own code (``PBMObjective``, ``batch_loss``). All must give the same loss. Without a GPU every path
 lives in a forked process, and its memory is the operating system's peak of that process; on a GPU it is the allocator's.
 """
 
@@ -41,13 +41,14 @@ from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
 from nemo_bard.cost.estimate import peak_flops, training_flops
 from nemo_bard.cost.shapes import SHAPES, make_config
 from nemo_bard.data.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
+from nemo_bard.method.corruption import NoiseContext, corrupt_batch
 from nemo_bard.method.layout import PADDING, sample_layout
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy
-from nemo_bard.train import cpu_compat
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch
+from nemo_bard.method.objectives import PBMObjective, count
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train.forward import batch_loss
 from nemo_bard.train.masks import FLEX_TILE, dense_mask, uses_flex
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
+from nemo_bard.upstream import cpu as cpu_compat
 
 LOSS_TOLERANCE = 1e-4
 COLUMNS = {
@@ -180,8 +181,8 @@ def make_batches(
     batches = [
         corrupt_batch({**collator.stack([row]), "num_dropped": 0}, NoiseSettings(name="mask"), context) for row in rows
     ]
-    totals: StepTotals = count(batches)
-    return [weigh(batch, "mean", totals) for batch in batches]
+    totals, objective = count(batches), PBMObjective(BlockDiffusionCrossEntropy())
+    return [objective.weigh(batch, totals) for batch in batches]
 
 
 def plain_loss(model: BardVLForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
@@ -239,11 +240,12 @@ def build_step(
         }
         for batch in batches
     ]
-    recipe = object.__new__(PBMRecipe)  # no setup(): it would want data, an optimizer and a checkpoint folder
-    recipe.__dict__.update(
-        loss_fn=BlockDiffusionCrossEntropy(), loss_chunk_tokens=args.loss_chunk_tokens, model_parts=[model]
-    )
-    loss_of = partial(plain_loss, model) if path == "plain" else partial(recipe._compute_loss, model)
+    objective = PBMObjective(BlockDiffusionCrossEntropy())
+
+    def loss_of(batch: dict[str, Any]) -> Tensor:
+        if path == "plain":
+            return plain_loss(model, batch)
+        return batch_loss(model, model.config, objective, batch, chunk_tokens=args.loss_chunk_tokens)[0]
 
     def step() -> float:
         model.zero_grad(set_to_none=True)

@@ -43,3 +43,23 @@ def golden_model() -> Callable[..., BardVLForConditionalGeneration]:
         return loaded[key]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def write_clip() -> Callable[..., Path]:
+    """Writes a video with a bar that grows: ``write_clip(path, frames=24, codec="mpeg4")``, 8 frames a second."""
+    import av
+    import numpy as np
+
+    def write(path: Path, frames: int = 24, *, codec: str = "mpeg4", options: dict[str, str] | None = None) -> Path:
+        with av.open(str(path), "w", options=options or {}) as container:
+            stream = container.add_stream(codec, rate=8)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            for number in range(frames):
+                pixels = np.random.default_rng(number).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+                pixels[:, : 4 * number % 96] = (255, 0, 0)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        return path
+
+    return write

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy(
         "PackedDataset": "packing",
         "make_digits": "digits",
         "make_jsonl": "jsonl",
+        "open_dataset": "readers",
         "parse_record": "conversation",
         "split_last_response": "conversation",
     },

@@ -6,24 +6,26 @@ drawn here but in the recipe, so that it can't depend on workers or batching.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from nemo_bard.method.layout import CONTEXT, PADDING, find_responses, sample_layout
+from nemo_bard.base.errors import one_line
+from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
+from nemo_bard.data.rejects import ERRORS, BadSample
+from nemo_bard.method.layout import CONTEXT, IGNORE_INDEX, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.upstream.transformers import rope_index
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 TURNS: tuple[str, ...] = ("all", "last")
 DEFAULT_MAX_LENGTH = 8192
 OVERLONG: tuple[str, ...] = ("drop", "error")
@@ -111,8 +113,8 @@ def lay_out_sample(
         next_token=next_token,
     )
     ends = torch.tensor([end - 1 for _, end in responses])
-    anchor = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
-    ids = input_ids[anchor]
+    source = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
+    ids = input_ids[source]
     if pad_token_id is not None:
         ids = ids.masked_fill(layout.padding, pad_token_id)
     known = torch.cat([torch.tensor([-1]), layout.response]).unique()
@@ -120,7 +122,7 @@ def lay_out_sample(
     return TrainingSample(
         input_ids=ids,
         labels=torch.where(layout.response >= 0, ids, IGNORE_INDEX),
-        position_ids=position_ids[:, anchor] + layout.offset,
+        position_ids=position_ids[:, source] + layout.offset,
         branch=layout.branch,
         block=layout.block,
         response=torch.searchsorted(known, layout.response) - 1,
@@ -139,17 +141,13 @@ def _checked(example: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     return example["conversation"], int(example["sample_index"])
 
 
-def _image_sizes(conversation: Sequence[dict[str, Any]]) -> list[tuple[int, int]] | None:
-    """Width and height of the images in order; None if one of them is not known, or there is a video."""
-    parts = [part for message in conversation for part in message["content"] if isinstance(part, dict)]
-    media = [part for part in parts if part["type"] != "text"]
-    if any(part["type"] != "image" or not isinstance(part.get("image"), Image.Image) for part in media):
-        return None
-    return [part["image"].size for part in media]
-
-
-def _without_pixels(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image"} if part["type"] == "image" else part
+@contextlib.contextmanager
+def _of_sample(index: int) -> Iterator[None]:
+    """Name the sample in the error of what is done with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sample {index}: {error}") from error
 
 
 def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
@@ -220,36 +218,63 @@ class BlockDiffusionCollator:
         self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
         self.max_row_length = max_row_length or max_length
         self.noisy_copies, self.next_token = noisy_copies, next_token
+        self._media_tokens = MediaTokens(
+            config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size**2
+        )
         self._rope_index = rope_index(config)
+        self.keep_bad = False
+        """Leave samples that cannot be used out of the batch, which names them in ``rejects``, and what to do about them
+        to the recipe, instead of raising ValueError."""
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Collate rows of samples; see ``stack`` for the batch.
 
         Raises:
-            ValueError: If a sample cannot be trained on; names its index. If samples that share a row take more than
-                ``max_row_length`` tokens.
+            ValueError: If a sample is too long and must not be dropped. Without ``keep_bad``, if a sample cannot be
+                trained on (names its index), or samples that share a row take more than ``max_row_length`` tokens.
         """
-        rows, slots, dropped = [], [], 0
+        rows, slots, dropped, rejects = [], [], 0, []
         for slot, example in enumerate(examples):
-            packed = example if isinstance(example, list) else [example]
-            row = [sample for sample in map(self.encode, packed) if sample is not None]
-            dropped += len(packed) - len(row)
+            row: list[TrainingSample] = []
+            for item in example if isinstance(example, list) else [example]:
+                sample = self._try(item, row)
+                if isinstance(sample, BadSample):
+                    rejects.append(replace(sample, slot=slot))
+                elif sample is None:
+                    dropped += 1
+                else:
+                    row.append(sample)
             if row:
-                self._check_row(row)
                 rows.append(row)
                 slots += [slot] * len(row)
-        batch = self.stack(rows)
-        return {**batch, "slots": slots, "num_dropped": dropped}
+        return {**self.stack(rows), "slots": slots, "num_dropped": dropped, "rejects": rejects}
 
-    def _check_row(self, row: Sequence[TrainingSample]) -> None:
-        length = sum(len(sample) for sample in row)
+    def _try(self, example: Any, row: Sequence[TrainingSample]) -> TrainingSample | BadSample | None:
+        """Lay a sample out beside those of its row: the sample, None if it is too long, or why it cannot be used."""
+        if isinstance(example, BadSample):
+            return example
+        try:
+            sample = self._lay_out(example)
+            if self._fits(sample):
+                self._check_room(sample, row)
+        except ERRORS as error:
+            if not self.keep_bad:
+                raise
+            index = int(example.get("index", example.get("sample_index", -1)))
+            reason, sample_index = one_line(error), int(example.get("sample_index", index))
+            return BadSample(index=index, reason=reason, sample_index=sample_index)
+        return self._short_enough(sample)
+
+    def _check_room(self, sample: TrainingSample, row: Sequence[TrainingSample]) -> None:
+        length = len(sample) + sum(len(other) for other in row)
         if length > self.max_row_length:
+            names = ", ".join(str(one.sample_index) for one in (*row, sample))
             where = f"; delete {self.lengths_file}" if self.lengths_file else ""
             raise ValueError(
-                f"samples {', '.join(str(sample.sample_index) for sample in row)} share a row and take {length} tokens,"
-                f" more than {self.max_row_length}: they are not as they were when their lengths were measured{where}"
+                f"samples {names} share a row and take {length} tokens, more than {self.max_row_length}: they are not as"
+                f" they were when their lengths were measured{where}"
             )
 
     def encode(self, example: dict[str, Any]) -> TrainingSample | None:
@@ -265,11 +290,15 @@ class BlockDiffusionCollator:
             ValueError: If it cannot be trained on: no or an empty answer, placeholders that do not match the images,
                 or too long with ``overlong: error``.
         """
+        return self._short_enough(self._lay_out(example))
+
+    def _lay_out(self, example: dict[str, Any]) -> TrainingSample:
         conversation, index = _checked(example)
-        inputs = self._tokenize(conversation)
-        ids = inputs["input_ids"][0]
+        with _of_sample(index):
+            inputs = encode(self.processor, [conversation])
+            ids = inputs["input_ids"][0]
+            media = find_media(ids, inputs, self._media_tokens)
         responses = self._responses(ids, conversation, index)
-        media = self._media(ids, inputs, index)
         sample = lay_out_sample(
             ids.masked_fill(ids == self.config.video_token_id, self.config.image_token_id),
             self._positions(ids, inputs),
@@ -282,27 +311,35 @@ class BlockDiffusionCollator:
             sample_index=index,
         )
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
-        media = [item for item in media if item[0] < kept]
-        if media:
-            pixels, grids = torch.cat([item[1] for item in media]), torch.stack([item[2] for item in media])
+        laid_out = [medium for medium in media if medium.place < kept]
+        if laid_out:
+            pixels = torch.cat([medium.patches for medium in laid_out if medium.patches is not None])
+            grids = torch.stack([medium.grid for medium in laid_out if medium.grid is not None])
             sample = replace(sample, pixel_values=pixels, grid_thw=grids)
-        if len(sample) > self.max_length:
-            message = (
-                f"sample {index} takes {len(sample)} tokens (noisy copies included), more than collate_fn.max_length"
-                f" {self.max_length}"
-            )
-            if self.overlong == "error":
-                raise ValueError(message)
-            logger.warning("%s; dropped", message)
-            return None
         return sample
+
+    def _fits(self, sample: TrainingSample) -> bool:
+        return len(sample) <= self.max_length
+
+    def _short_enough(self, sample: TrainingSample) -> TrainingSample | None:
+        """The sample, or None if it is longer than ``max_length`` and ``overlong`` is ``drop``."""
+        if self._fits(sample):
+            return sample
+        message = (
+            f"sample {sample.sample_index} takes {len(sample)} tokens (noisy copies included), more than"
+            f" collate_fn.max_length {self.max_length}"
+        )
+        if self.overlong == "error":
+            raise ValueError(message)
+        logger.warning("%s; dropped", message)
+        return None
 
     def outline(self, example: dict[str, Any]) -> Outline:
         """Find out where responses and media of a sample lie, without pixels where the sizes of images are known.
 
         Args:
-            example: As for ``encode``; pixels of its images are not read. A sample with a video, or
-                with an image of unknown size, is processed as for training.
+            example: As for ``encode``; pixels of its images are not read. Videos, and images of unknown size, are
+                processed as for training.
 
         Returns:
             Exactly what ``encode`` finds.
@@ -311,37 +348,10 @@ class BlockDiffusionCollator:
             ValueError: If it cannot be trained on, as ``encode``.
         """
         conversation, index = _checked(example)
-        merged = self.config.vision_config.spatial_merge_size**2
-        sizes = _image_sizes(conversation)
-        if sizes is None or not getattr(self.processor.image_processor, "do_resize", True):
-            inputs = self._tokenize(conversation)
-            ids = inputs["input_ids"][0]
-            media = [(place, len(patches) // merged) for place, patches, _ in self._media(ids, inputs, index)]
-            return Outline(self._responses(ids, conversation, index), media)
-        bare = [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [_without_pixels(part) for part in message["content"]]}
-            for message in conversation
-        ]
-        text = self.processor.apply_chat_template(bare, tokenize=False, add_generation_prompt=False)
-        ids = torch.tensor(self.processor.tokenizer(text)["input_ids"])
-        places = (ids == self.config.image_token_id).nonzero().flatten()
-        if len(places) != len(sizes):
-            raise ValueError(f"sample {index} has {len(places)} image tokens in its text but {len(sizes)} images")
-        count = self.processor.image_processor.get_number_of_image_patches
-        tokens = torch.tensor([count(height, width) // merged for width, height in sizes], dtype=torch.int64)
-        repeats = torch.ones_like(ids)
-        repeats[places] = tokens
-        starts = (repeats.cumsum(0) - repeats)[places]
-        whole = ids.repeat_interleave(repeats)
-        media = list(zip(starts.tolist(), tokens.tolist(), strict=True))
-        return Outline(self._responses(whole, conversation, index), media)
-
-    def _tokenize(self, conversation: list[dict[str, Any]]) -> Any:
-        return self.processor.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=False
-        )
+        with _of_sample(index):
+            ids, media = encode_headers(self.processor, conversation, self._media_tokens)
+        spans = [(medium.place, medium.tokens) for medium in media]
+        return Outline(self._responses(ids, conversation, index), spans)
 
     def _responses(self, ids: Tensor, conversation: Sequence[dict[str, Any]], index: int) -> list[tuple[int, int]]:
         spans = find_responses(ids, self.config.assistant_header_ids, self.config.end_ids)
@@ -370,30 +380,6 @@ class BlockDiffusionCollator:
             video_grid_thw=inputs.get("video_grid_thw"),
         )
         return positions[:, 0]
-
-    def _media(self, ids: Tensor, inputs: dict[str, Tensor], index: int) -> list[tuple[int, Tensor, Tensor]]:
-        """First placeholder, patches and grid of every image and video, in placeholder order."""
-        merged = self.config.vision_config.spatial_merge_size**2
-        found: list[tuple[int, Tensor, Tensor]] = []
-        for kind, token, pixels in (
-            ("image", self.config.image_token_id, inputs.get("pixel_values")),
-            ("video", self.config.video_token_id, inputs.get("pixel_values_videos")),
-        ):
-            places = (ids == token).nonzero().flatten()
-            grids = inputs.get(f"{kind}_grid_thw")
-            sizes = [] if grids is None else grids.prod(-1).tolist()
-            if len(places) != sum(sizes) // merged:
-                raise ValueError(
-                    f"sample {index} has {len(places)} {kind} tokens but {len(sizes)} {kind}s of"
-                    f" {sum(sizes) // merged} tokens"
-                )
-            if pixels is None:
-                continue
-            start = 0
-            for patches, grid in zip(pixels.split(sizes), grids, strict=True):
-                found.append((int(places[start]), patches, grid))
-                start += len(patches) // merged
-        return sorted(found, key=lambda item: item[0])
 
     def _hidden_image(self) -> TrainingSample:
         """One image token with blank patches, part of no sample."""
@@ -467,6 +453,7 @@ class BlockDiffusionCollator:
             "padding_mask": rows_of("padding", False),
             "noise_keys": keys,
             "num_samples": len(keys),
+            "rejects": [],
             "pixel_values": torch.cat([sample.pixel_values for sample in media]),
             "image_grid_thw": torch.cat([sample.grid_thw for sample in media]),
         }

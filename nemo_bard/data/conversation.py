@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from nemo_bard.base.errors import one_line, short
+
 ROLES = ("system", "user", "assistant")
 RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that structure a conversation; inside a text they would move its turns or images."""
@@ -71,7 +73,9 @@ class MediaSource:
             raise ValueError(f"video file {self.path} does not exist")
 
 
-def parse_record(record: object, root_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def parse_record(
+    record: object, root_dir: Path, *, needs_answer: bool = True
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Turn one JSON object into a conversation whose images are still closed (``MediaSource``).
 
     Args:
@@ -79,6 +83,7 @@ def parse_record(record: object, root_dir: Path) -> tuple[list[dict[str, Any]], 
             ``<image>`` or ``<video>`` stands for the next entry of ``images`` or ``videos``, or a list of typed parts; an
             image part without a source takes the next entry of ``images`` too.
         root_dir: Folder that relative paths start from.
+        needs_answer: Whether there must be an assistant turn, as in training and evaluation; a prompt has none.
 
     Returns:
         The conversation, and all other keys of the record.
@@ -105,7 +110,7 @@ def parse_record(record: object, root_dir: Path) -> tuple[list[dict[str, Any]], 
     for kind, pool in pools.items():
         if wanted[kind] != len(pool):
             raise ValueError(f"{wanted[kind]} {kind} placeholders in 'messages' but {len(pool)} entries in '{kind}s'")
-    if not any(message["role"] == "assistant" for message in conversation):
+    if needs_answer and not any(message["role"] == "assistant" for message in conversation):
         raise ValueError("no assistant turn in 'messages', there is nothing to learn from")
     meta = {key: value for key, value in record.items() if key not in ("messages", "images", "videos")}
     return conversation, meta
@@ -202,6 +207,33 @@ def _media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:
     return MediaSource(kind, path=path if path.is_absolute() else root_dir / path)
 
 
+def media_of(conversation: list[dict[str, Any]]) -> Iterator[MediaSource]:
+    """Yield the closed media of a conversation, in order."""
+    for message in conversation:
+        for part in message["content"]:
+            if part["type"] != "text":
+                yield part[part["type"]]
+
+
+def open_media(conversation: list[dict[str, Any]], *, header_only: bool = False) -> list[dict[str, Any]]:
+    """Return a parsed conversation with its images read and its videos as paths.
+
+    Args:
+        conversation: From ``parse_record``; not modified.
+        header_only: Of images, read the headers alone: they know their ``size``.
+
+    Raises:
+        ValueError: If an image cannot be read.
+    """
+
+    def opened(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "image":
+            return {**part, "image": part["image"].open_image(header_only=header_only)}
+        return {**part, "video": str(part["video"].path)} if part["type"] == "video" else part
+
+    return [{**message, "content": [opened(part) for part in message["content"]]} for message in conversation]
+
+
 def split_last_response(conversation: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Split a conversation before its last assistant turn.
 
@@ -220,14 +252,3 @@ def split_last_response(conversation: list[dict[str, Any]]) -> tuple[list[dict[s
             text = content if isinstance(content, str) else "".join(part["text"] for part in content)
             return conversation[:index], text
     raise ValueError("no assistant turn in the conversation")
-
-
-def short(value: object, width: int = 60) -> str:
-    """``repr`` of a value on one line of at most ``width`` characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error on one line, its class where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -216,6 +216,12 @@ def make_digits(
     return DigitsDataset(split, num_samples, seed=seed, config=DigitsConfig(**shape))
 
 
+def read_digits(split: str = "test", *, limit: int | None = None, **fields: Any) -> DigitsDataset:
+    """The reader ``digits``: ``make_digits`` for held-out samples, ``limit`` of them, 256 if nothing is said."""
+    count = limit if limit is not None else fields.pop("num_samples", 256)
+    return make_digits(split, count, **{key: value for key, value in fields.items() if key != "num_samples"})
+
+
 def score(prediction: str, reference: str) -> dict[str, float]:
     """Compare a decoded answer with the reference.
 

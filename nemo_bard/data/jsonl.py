@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from nemo_bard.data.conversation import one_line, parse_record, short
+from nemo_bard.base.errors import one_line, short
+from nemo_bard.data.conversation import media_of, open_media, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +76,30 @@ class JsonlDataset:
         lines = hashlib.sha256(self._bounds.tobytes()).hexdigest()
         return f"jsonl {self.path.name} {state.st_size} {state.st_mtime_ns} {lines} {self.root_dir.resolve()}"
 
+    def describe(self, index: int) -> dict[str, Any]:
+        """Where a sample comes from, for lists of rejected ones: ``source`` (``file:line``) and its ``id``, if any.
+
+        The line itself may be what is wrong with the sample.
+        """
+        try:
+            _, meta = self._parse(index)
+        except ValueError:
+            meta = {}
+        return {"source": self._where(index), "id": meta.get("id")}
+
     def _read(self, index: int, *, header_only: bool) -> dict[str, Any]:
         conversation, meta = self._parse(index)
-        for message in conversation:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    try:
-                        part["image"] = part["image"].open_image(header_only=header_only)
-                    except ValueError as error:
-                        raise ValueError(f"{self._where(index)}: {error}") from error
-                elif part["type"] == "video":
-                    part["video"] = str(part["video"].path)
+        with self._naming(index):
+            conversation = open_media(conversation, header_only=header_only)
         return {"conversation": conversation, "sample_index": int(index), "meta": meta}
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Put ``file:line`` before the error of a line."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self._where(index)}: {error}") from error
 
     def _where(self, index: int) -> str:
         return f"{self.path}:{index + 1}"
@@ -92,24 +107,21 @@ class JsonlDataset:
     def _parse(self, index: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a data set of {len(self)} samples")
-        with self.path.open("rb") as file:
-            file.seek(int(self._bounds[index]))
-            line = file.read(int(self._bounds[index + 1] - self._bounds[index]))
         try:
-            return parse_record(_load_json(line), self.root_dir)
-        except ValueError as error:
-            raise ValueError(f"{self._where(index)}: {error}") from error
+            with self.path.open("rb") as file:
+                file.seek(int(self._bounds[index]))
+                line = file.read(int(self._bounds[index + 1] - self._bounds[index]))
+        except OSError as error:
+            raise ValueError(f"{self._where(index)}: the file cannot be read ({one_line(error)})") from error
+        with self._naming(index):
+            return parse_record(load_json(line), self.root_dir)
 
     def _validate(self) -> None:
         for index in tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="line", disable=None, delay=2):
             conversation, _ = self._parse(index)
-            for message in conversation:
-                for part in message["content"]:
-                    if part["type"] != "text":
-                        try:
-                            part[part["type"]].check()
-                        except ValueError as error:
-                            raise ValueError(f"{self._where(index)}: {error}") from error
+            with self._naming(index):
+                for media in media_of(conversation):
+                    media.check()
         logger.info("%s: %d conversations, all checked", self.path, len(self))
 
 
@@ -133,7 +145,13 @@ def make_jsonl(
     return JsonlDataset(path, root_dir=root_dir, validate=validate, limit=limit)
 
 
-def _load_json(line: bytes) -> object:
+def load_json(line: bytes) -> object:
+    """Read one line.
+
+    Raises:
+        ValueError: If it is empty, not UTF-8 or not JSON, or a key is given twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):

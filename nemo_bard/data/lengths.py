@@ -19,12 +19,16 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.data.collate import BlockDiffusionCollator, Outline
+from nemo_bard.data.rejects import ERRORS
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the file; part of its name."""
+UNKNOWN_LENGTH = 2**30
+"""Length of the response of a sample that could not be measured: it fits into no row."""
 _CHUNK = 64
 
 
@@ -115,16 +119,23 @@ class SampleSizes:
 class _Chunks:
     """Outlines of ``_CHUNK`` samples each, for a data loader's workers."""
 
-    def __init__(self, dataset: Any, collator: BlockDiffusionCollator) -> None:
-        self.dataset, self.collator = dataset, collator
+    def __init__(self, dataset: Any, collator: BlockDiffusionCollator, *, drop_bad: bool) -> None:
+        self.dataset, self.collator, self.drop_bad = dataset, collator, drop_bad
         self.read = getattr(dataset, "peek", dataset.__getitem__)
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // _CHUNK)
 
     def __getitem__(self, index: int) -> list[Outline]:
-        indices = range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.dataset)))
-        return [self.collator.outline(self.read(i)) for i in indices]
+        return [self._outline(i) for i in range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.dataset)))]
+
+    def _outline(self, index: int) -> Outline:
+        try:
+            return self.collator.outline(self.read(index))
+        except ERRORS as error:
+            if self.drop_bad:
+                return Outline([(0, UNKNOWN_LENGTH)], [])
+            raise ValueError(one_line(error)) from error
 
 
 def _as_it_is(value: list[Outline]) -> list[Outline]:
@@ -139,7 +150,9 @@ def last_line_of_worker_error(error: ValueError) -> ValueError:
     return ValueError(lines[-1].removeprefix("ValueError: "))
 
 
-def measure(dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int = 0) -> SampleSizes:
+def measure(
+    dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int = 0, drop_bad: bool = False
+) -> SampleSizes:
     """Measure every sample of a data set.
 
     Args:
@@ -147,6 +160,7 @@ def measure(dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int 
             that know their ``size`` only.
         collator: What will lay the samples out.
         num_workers: Processes that measure.
+        drop_bad: Give a sample that cannot be used a response of ``UNKNOWN_LENGTH`` instead of raising.
 
     Returns:
         The sizes, in the data set's order.
@@ -154,7 +168,8 @@ def measure(dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int 
     Raises:
         ValueError: If a sample cannot be trained on; names it.
     """
-    loader = DataLoader(_Chunks(dataset, collator), batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+    chunks = _Chunks(dataset, collator, drop_bad=drop_bad)
+    loader = DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
     outlines: list[Outline] = []
     progress = tqdm(total=len(dataset), desc="measuring samples", unit="sample", disable=None, delay=2)
     with progress:
@@ -177,6 +192,7 @@ def measured_once(
     cache_dir: Path,
     *,
     num_workers: int = 0,
+    drop_bad: bool = False,
 ) -> tuple[SampleSizes, Path | None]:
     """``measure``, or what an earlier call wrote into ``cache_dir`` for the same data set and processor.
 
@@ -185,6 +201,7 @@ def measured_once(
         collator: See ``measure``.
         cache_dir: Folder of the files; made if needed.
         num_workers: See ``measure``.
+        drop_bad: Likewise.
 
     Returns:
         The sizes, and their file (None if nothing is kept).
@@ -194,14 +211,14 @@ def measured_once(
     """
     if not hasattr(dataset, "fingerprint"):
         logger.warning("%s has no fingerprint(): its samples are measured at every start", type(dataset).__name__)
-        return measure(dataset, collator, num_workers=num_workers), None
+        return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad), None
     path = cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz"
     if path.is_file():
         sizes = SampleSizes.load(path)
         if len(sizes) != len(dataset):
             raise ValueError(f"{path} holds {len(sizes)} samples, the data set {len(dataset)}; delete the file")
         return sizes, path
-    sizes = measure(dataset, collator, num_workers=num_workers)
+    sizes = measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad)
     sizes.save(path)
     logger.info("lengths of %d samples written to %s", len(sizes), path)
     return sizes, path

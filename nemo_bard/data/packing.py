@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.data.collate import BlockDiffusionCollator
-from nemo_bard.data.lengths import measured_once
+from nemo_bard.data.lengths import UNKNOWN_LENGTH, measured_once
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def pack_dataset(
     seed: int,
     shuffle: bool,
     num_workers: int = 0,
+    drop_bad: bool = False,
 ) -> PackedDataset:
     """Measure a data set (or read its lengths from a file) and plan its rows.
 
@@ -174,6 +175,7 @@ def pack_dataset(
         seed: See ``plan_packs``.
         shuffle: See ``plan_packs``.
         num_workers: Processes that measure.
+        drop_bad: Deal samples that cannot be measured out among the rows, as too long ones, instead of raising.
 
     Returns:
         The rows.
@@ -181,7 +183,7 @@ def pack_dataset(
     Raises:
         ValueError: If a sample cannot be trained on, none fits, or one is too long with ``overlong: error``.
     """
-    sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers)
+    sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad)
     block, anchor = collator.config.block_size, collator.anchor_block_size
     lengths = sizes.row_lengths(
         block,
@@ -192,7 +194,8 @@ def pack_dataset(
     )
     vision = sizes.vision_tokens(block, anchor_block_size=anchor)
     collator.lengths_file = path
-    overlong = np.flatnonzero(lengths > collator.max_length)
+    unknown = lengths >= UNKNOWN_LENGTH
+    overlong = np.flatnonzero((lengths > collator.max_length) & ~unknown)
     if len(overlong) and collator.overlong == "error":
         first = int(overlong[0])
         raise ValueError(
@@ -204,13 +207,14 @@ def pack_dataset(
     filled, seen = packs.sums(lengths * fits), packs.sums(vision * fits)
     logger.info(
         "packing: %d samples in %d rows of at most %d tokens, %.1f %% of them real; vision tokens per row %.0f +- %.0f;"
-        " %d samples are too long and will be dropped",
-        len(lengths) - len(overlong),
+        " %d samples are too long and will be dropped, %d cannot be read",
+        len(lengths) - len(overlong) - int(unknown.sum()),
         len(packs),
         collator.max_row_length,
         100 * filled.sum() / (len(packs) * collator.max_row_length),
         seen.mean(),
         seen.std(),
         len(overlong),
+        unknown.sum(),
     )
     return PackedDataset(dataset, packs)

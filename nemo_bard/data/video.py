@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from nemo_bard.base.errors import one_line
 
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "torchvision": "torchvision"}
 """Decoder of transformers -> module that it needs, the preferred one first."""
@@ -39,18 +40,41 @@ def read_video(path: str | os.PathLike, video_processor: Any) -> tuple[Any, Any]
         Frames ``[frames, height, width, 3]`` (or channels first, as the decoder gives them) and their metadata.
 
     Raises:
-        ValueError: If the file does not exist or is no video, or no decoder is installed.
+        ValueError: If the file does not exist, is no video, ends early or is shorter than a temporal patch, or no decoder is installed.
     """
     from transformers.video_utils import load_video
 
     if not Path(path).is_file():
         raise ValueError(f"video file {path} does not exist")
     decoder = find_decoder()
-    sample = functools.partial(video_processor.sample_frames, fps=video_processor.fps)
+
+    def sample(metadata: Any, **_: Any) -> Any:
+        if not metadata.total_num_frames and decoder == "pyav":
+            metadata.total_num_frames = _count_frames(path)
+        if not metadata.total_num_frames:
+            raise ValueError("it holds no frame")
+        return video_processor.sample_frames(metadata=metadata, fps=video_processor.fps)
+
     try:
-        return load_video(str(path), backend=decoder, sample_indices_fn=lambda metadata, **_: sample(metadata=metadata))
+        frames, metadata = load_video(str(path), backend=decoder, sample_indices_fn=sample)
     except Exception as error:  # the decoders' own exception classes have no common base
-        raise ValueError(f"video {path} cannot be read with {decoder} ({' '.join(str(error).split())})") from error
+        raise ValueError(f"video {path} cannot be read with {decoder} ({one_line(error)})") from error
+    if len(frames) != len(metadata.frames_indices):
+        raise ValueError(
+            f"video {path} cannot be read with {decoder} (it ends early: {len(frames)} of"
+            f" {len(metadata.frames_indices)} sampled frames are there)"
+        )
+    if len(frames) < (least := video_processor.temporal_patch_size):
+        raise ValueError(f"video {path} has {len(frames)} frame(s), at least {least} are needed; pass it as an image")
+    return frames, metadata
+
+
+def _count_frames(path: str | os.PathLike) -> int:
+    """Frames of a file whose header does not say how many (WebM, Matroska), without decoding them."""
+    import av
+
+    with av.open(os.fspath(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
 def prepare_videos(

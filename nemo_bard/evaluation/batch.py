@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.data.conversation import MediaSource, parse_record
+from nemo_bard.data.conversation import media_of, parse_record
+from nemo_bard.data.jsonl import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,39 +87,12 @@ def parse_prompt(record: Any, root_dir: Path) -> list[dict[str, Any]]:
             if not isinstance(pool, list):
                 raise ValueError(f"'{name}' must be a list, got {pool!r}")
         return make_conversation(record["prompt"], system=record.get("system"), root_dir=root_dir, **pools)
-    messages = record["messages"]
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if isinstance(last, dict) and last.get("role") != "assistant":
-        # parse_record reads training samples, which end with an answer.
-        record = {**record, "messages": [*messages, {"role": "assistant", "content": "."}]}
-    conversation, _ = parse_record(record, root_dir)
-    conversation = conversation[:-1]
+    conversation, _ = parse_record(record, root_dir, needs_answer=False)
+    if conversation[-1]["role"] == "assistant":
+        conversation = conversation[:-1]
     if not conversation or conversation[-1]["role"] != "user":
         raise ValueError("the turn to answer must be a user's")
     return conversation
-
-
-def media_of(conversation: list[dict[str, Any]]) -> Iterator[MediaSource]:
-    """Yield the media of a conversation."""
-    for message in conversation:
-        for part in message["content"]:
-            if part["type"] != "text":
-                yield part[part["type"]]
-
-
-def open_media(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation with images read and videos as paths.
-
-    Raises:
-        ValueError: If an image cannot be read.
-    """
-
-    def opened(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "image":
-            return {**part, "image": part["image"].open_image()}
-        return {**part, "video": str(part["video"].path)} if part["type"] == "video" else part
-
-    return [{**message, "content": [opened(part) for part in message["content"]]} for message in conversation]
 
 
 def read_prompts(path: Path, run_key: str, *, root_dir: Path | None = None) -> list[PromptLine]:
@@ -145,7 +118,7 @@ def read_prompts(path: Path, run_key: str, *, root_dir: Path | None = None) -> l
     seen: dict[str | int, int] = {}
     for number, raw in enumerate(raw_lines, start=1):
         try:
-            record = _load(raw)
+            record = load_json(raw)
             conversation = parse_prompt(record, root_dir if root_dir is not None else path.parent)
             for media in media_of(conversation):
                 media.check()
@@ -160,17 +133,6 @@ def read_prompts(path: Path, run_key: str, *, root_dir: Path | None = None) -> l
         digest = hashlib.sha256(run_key.encode() + b"\0" + raw.strip()).hexdigest()[:16]
         lines.append(PromptLine(line=number, id=own_id, conversation=conversation, key=digest))
     return lines
-
-
-def _load(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the line is not UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
-        text = raw.decode("utf-8", "replace").strip()
-        shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise ValueError(f"the line is not JSON ({error.msg} at column {error.colno}): {shown!r}") from error
 
 
 def finished_lines(output: Path, prompts: list[PromptLine]) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.data.conversation import split_last_response
+from nemo_bard.data.readers import own_scorer
 from nemo_bard.evaluation.responder import make_responder
 from nemo_bard.generation.settings import BardGenerationConfig
 
@@ -130,8 +130,8 @@ def resolve_scorer(scorer: str | Scorer | None, dataset: Any = None) -> Scorer:
         ValueError: For a name that is not known or a path that leads to no function.
     """
     if scorer is None:
-        own = getattr(dataset, "score", None) or getattr(sys.modules.get(type(dataset).__module__), "score", None)
-        functions = [own] if callable(own) else [exact_match, accuracy]
+        own = own_scorer(dataset)
+        functions = [own] if own is not None else [exact_match, accuracy]
     elif callable(scorer):
         functions = [scorer]
     else:
@@ -309,39 +309,3 @@ def describe(conversation: Sequence[dict[str, Any]]) -> str:
         text = "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts)
         lines.append(text if len(conversation) == 1 else f"{message['role']}: {text}")
     return "\n".join(lines)
-
-
-def load_dataset(name: str, *, limit: int | None = None) -> Any:
-    """Open a data set by the name that the command line takes.
-
-    Args:
-        name: A JSONL file (see ``nemo_bard.data.parse_record``), or ``digits:SPLIT`` with SPLIT ``train``,
-            ``validation`` or ``test`` and, after commas, fields such as ``rows=2,seed=1``.
-        limit: Samples to open: the first lines of a file; of ``digits``, all (256 if None).
-
-    Returns:
-        A map-style data set.
-
-    Raises:
-        ValueError: For a missing file, an unknown split or field, or a wrong line (named as ``file:line``).
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be an integer >= 1, got {limit}")
-    if name == "digits" or name.startswith("digits:"):
-        from nemo_bard.data.digits import make_digits
-
-        split, *fields = name.partition(":")[2].split(",")
-        options: dict[str, Any] = {"num_samples": limit or 256}
-        for text in fields:
-            key, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"data set {name!r}: {text!r} is not key=value")
-            options[key] = int(value) if value.lstrip("-").isdigit() else value
-        if limit is not None:
-            options["num_samples"] = limit
-        return make_digits(split or "test", **options)
-    from nemo_bard.data.jsonl import JsonlDataset
-
-    if ":" in name and not Path(name).exists():
-        raise ValueError(f"data set must be a JSONL file or digits:SPLIT, got {name!r}")
-    return JsonlDataset(name, limit=limit)

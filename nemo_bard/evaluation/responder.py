@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from nemo_bard.checkpoints.folder import check_checkpoint
+from nemo_bard.data.encode import encode_prompts
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list
 
 logger = logging.getLogger(__name__)
@@ -57,32 +58,6 @@ class Responder(Protocol):
     def answer(self, conversations: Sequence[list[dict[str, Any]]]) -> AnswerBatch:
         """Decode one batch."""
         ...
-
-
-def encode_prompts(processor: Any, conversations: Sequence[list[dict[str, Any]]]) -> Any:
-    """Apply the chat template, tokenise and preprocess; rows are padded on the left.
-
-    Args:
-        processor: A Qwen3-VL processor.
-        conversations: Turns up to and including the user's; images as PIL, videos as paths.
-
-    Returns:
-        What the processor returns: ``input_ids``, ``attention_mask`` and vision tensors.
-
-    Raises:
-        ValueError: If a video has to be decoded and nothing installed can do it, or it cannot be read.
-    """
-    from nemo_bard.data.video import prepare_videos
-
-    conversations, video_kwargs = prepare_videos(processor, conversations)
-    return processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", **video_kwargs},
-    )
 
 
 class BlockDiffusionResponder:

@@ -18,6 +18,8 @@ CONTEXT_ATTENTIONS: tuple[str, ...] = ("block", "causal")
 CONTEXT = 0
 NOISY = 1
 PADDING = -1
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised."""
 
 
 class TokenIds(NamedTuple):

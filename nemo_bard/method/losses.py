@@ -95,7 +95,8 @@ class _OverwritingCrossEntropy(torch.autograd.Function):
 class BlockDiffusionLoss(nn.Module):
     """Base: a per-token loss, weighted and summed. Any AutoModel YAML can name a subclass as ``loss_fn``."""
 
-    needs_noisy_ids: ClassVar[bool] = False
+    path: ClassVar[str | None] = None
+    """The noise's ``path`` on which the formula holds; None means any."""
 
     def __init__(self, reduction: str = "mean") -> None:
         """Create the loss.
@@ -165,7 +166,7 @@ class MixturePathKL(BlockDiffusionLoss):
     ``-(p(x) - [x == c] + [x != c] * log p(c))``.
     """
 
-    needs_noisy_ids = True
+    path = "uniform"
 
     def per_token(self, logits: Tensor, labels: Tensor, noisy_ids: Tensor | None) -> Tensor:
         """The generalised KL of each token without its weight, ``[K]``."""

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nemo_bard.base.registry import Registry
+from nemo_bard.base.settings import check_settings, fraction, setting
 
 MIN_CLASS_WEIGHT = 1e-3
 
@@ -121,9 +124,28 @@ def _check(clean_ids: Tensor, t: Tensor, upper: int, name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskNoise:
-    """Absorbing noise: a token becomes ``[MASK]`` with probability ``t`` (MDLM, arXiv 2406.07524)."""
+class Noise(ABC):
+    """How tokens are corrupted, and what goes with it.
 
+    A noise of one's own is a frozen dataclass below this one. Its fields are its parameters: made with
+    ``nemo_bard.base.settings.setting``, they are keys of a recipe's ``noise`` section, checked by their ``Check``. It is
+    registered in ``NOISES``, declared as an entry point of the group ``nemo_bard.noises``, or named by its dotted name.
+
+    Raises:
+        ValueError: If a parameter is not allowed.
+    """
+
+    path: ClassVar[str] = ""
+    """Name of the probability path from clean to corrupted tokens, for losses whose formula holds on one path alone."""
+    has_complement: ClassVar[bool] = False
+    """Whether ``complement`` exists."""
+    supervises_masks: ClassVar[bool] = False
+    """Whether exactly the masked tokens are supervised, so that ``min_masked`` may mask further ones."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "noise")
+
+    @abstractmethod
     def corrupt(
         self,
         clean_ids: Tensor,
@@ -133,43 +155,48 @@ class MaskNoise:
         num_random_ids: int,
         generator: torch.Generator | None = None,
     ) -> NoiseOutput:
-        """Corrupt one response. Supervised: masked tokens.
+        """Corrupt one response.
 
         Args:
             clean_ids: Response tokens (padding included), ``[R]`` int64; not modified.
             t: Noise level of each token, ``[R]`` in (0, 1], constant within a block.
             mask_token_id: Id of ``[MASK]``.
-            num_random_ids: Random replacements are drawn from ``[0, num_random_ids)``; unused here.
+            num_random_ids: Random replacements are drawn from ``[0, num_random_ids)``.
             generator: Source of randomness on CPU; the global one if None.
+
+        Returns:
+            Corrupted ids, and which tokens are corrupted and supervised.
 
         Raises:
             ValueError: If ``t`` leaves (0, 1] or has another shape.
         """
-        _check(clean_ids, t, num_random_ids, "num_random_ids")
-        masked = torch.rand(clean_ids.shape, generator=generator) < t
-        return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
 
+    def complement(self, clean_ids: Tensor, drawn: NoiseOutput, *, mask_token_id: int) -> NoiseOutput:
+        """Corrupt exactly the tokens that a draw left clean: a draw at the levels ``1 - t``.
 
-def complement(clean_ids: Tensor, drawn: NoiseOutput, *, mask_token_id: int) -> NoiseOutput:
-    """Mask exactly the tokens that a draw of ``MaskNoise`` left clean.
+        Args:
+            clean_ids: Response tokens, ``[R]`` int64; not modified.
+            drawn: What ``corrupt`` made of them.
+            mask_token_id: Id of ``[MASK]``.
 
-    Under the draw a token is masked with probability ``t``, here with ``1 - t``: this is a draw of the same noise at the
-    level ``1 - t``, and together they supervise every token once.
+        Raises:
+            NotImplementedError: If the noise has none, see ``has_complement``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no complement")
 
-    Args:
-        clean_ids: Response tokens, ``[R]`` int64; not modified.
-        drawn: What ``MaskNoise.corrupt`` made of them.
-        mask_token_id: Id of ``[MASK]``.
-    """
-    masked = ~drawn.noise_mask
-    return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
+    def misfit(self, loss: type) -> str | None:
+        """Say why a loss class cannot be trained on this noise; None if it can."""
+        wanted = getattr(loss, "path", None)
+        return None if wanted in (None, self.path) else f"its formula holds on the path from {wanted} noise"
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformNoise:
-    """Uniform noise: with probability ``t`` (at most 0.999) a token becomes a uniformly random vocabulary id."""
+class MaskNoise(Noise):
+    """Absorbing noise: a token becomes ``[MASK]`` with probability ``t`` (MDLM, arXiv 2406.07524)."""
 
-    max_t: float = 0.999
+    path = "mask"
+    has_complement = True
+    supervises_masks = True
 
     def corrupt(
         self,
@@ -180,7 +207,40 @@ class UniformNoise:
         num_random_ids: int,
         generator: torch.Generator | None = None,
     ) -> NoiseOutput:
-        """Corrupt one response; see ``MaskNoise.corrupt``. Supervised: every token of the response."""
+        """Corrupt one response; see ``Noise.corrupt``. Supervised: masked tokens."""
+        _check(clean_ids, t, num_random_ids, "num_random_ids")
+        masked = torch.rand(clean_ids.shape, generator=generator) < t
+        return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
+
+    def complement(self, clean_ids: Tensor, drawn: NoiseOutput, *, mask_token_id: int) -> NoiseOutput:
+        """Mask exactly the tokens that a draw left clean.
+
+        Under the draw a token is masked with probability ``t``, here with ``1 - t``: this is a draw of the same noise at
+        the level ``1 - t``, and together they supervise every token once.
+        """
+        masked = ~drawn.noise_mask
+        return NoiseOutput(clean_ids.masked_fill(masked, mask_token_id), masked, masked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformNoise(Noise):
+    """Uniform noise: with probability ``t`` (at most ``max_t``) a token becomes a uniformly random vocabulary id."""
+
+    path = "uniform"
+
+    max_t: float = setting(0.999, fraction(), "largest probability of a replacement")
+    """Largest probability of a replacement."""
+
+    def corrupt(
+        self,
+        clean_ids: Tensor,
+        t: Tensor,
+        *,
+        mask_token_id: int,
+        num_random_ids: int,
+        generator: torch.Generator | None = None,
+    ) -> NoiseOutput:
+        """Corrupt one response; see ``Noise.corrupt``. Supervised: every token of the response."""
         del mask_token_id
         _check(clean_ids, t, num_random_ids, "num_random_ids")
         drawn = torch.rand(clean_ids.shape, generator=generator) < t.clamp_max(self.max_t)
@@ -189,8 +249,10 @@ class UniformNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedNoise:
+class MixedNoise(Noise):
     """The paper's mixed noise scheduler: mask, replace by a random id, or keep (``mixed_probabilities``)."""
+
+    path = "mixed"
 
     def corrupt(
         self,
@@ -201,7 +263,7 @@ class MixedNoise:
         num_random_ids: int,
         generator: torch.Generator | None = None,
     ) -> NoiseOutput:
-        """Corrupt one response; see ``MaskNoise.corrupt``. Supervised: tokens that differ from the clean ones."""
+        """Corrupt one response; see ``Noise.corrupt``. Supervised: tokens that differ from the clean ones."""
         _check(clean_ids, t, num_random_ids, "num_random_ids")
         probabilities = mixed_probabilities(t)
         u = torch.rand(clean_ids.shape, generator=generator)
@@ -212,22 +274,29 @@ class MixedNoise:
         return NoiseOutput(noisy, masked | replaced, noisy != clean_ids)
 
 
-Noise = MaskNoise | UniformNoise | MixedNoise
-NOISES: dict[str, type[MaskNoise] | type[UniformNoise] | type[MixedNoise]] = {
-    "mask": MaskNoise,
-    "uniform": UniformNoise,
-    "mixed": MixedNoise,
-}
+def parameter_names(noise: type[Noise]) -> list[str]:
+    """Names of a noise's own parameters."""
+    return [field.name for field in fields(noise)]
 
 
-def make_noise(name: str) -> Noise:
-    """Return the noise called ``name``.
+def _check_class(name: str, noise: Any) -> None:
+    """Raise ValueError unless something from outside is a noise."""
+    if not (isinstance(noise, type) and issubclass(noise, Noise) and is_dataclass(noise)):
+        raise ValueError(f"noise.name: {name} is {noise!r}, not a dataclass below nemo_bard.method.Noise")
+
+
+NOISES: Registry[type[Noise]] = Registry(
+    "noise.name",
+    "nemo_bard.noises",
+    {"mask": MaskNoise, "uniform": UniformNoise, "mixed": MixedNoise},
+    check=_check_class,
+)
+
+
+def make_noise(name: str, **parameters: Any) -> Noise:
+    """Return the noise called ``name`` (also a dotted name) with these parameters.
 
     Raises:
-        ValueError: If there is none; names the nearest one and all known ones.
+        ValueError: If there is none (the nearest one and all known ones are named), or a parameter is not allowed.
     """
-    if name not in NOISES:
-        near = difflib.get_close_matches(str(name), NOISES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown noise {name!r}.{hint} Known: {', '.join(NOISES)}")
-    return NOISES[name]()
+    return NOISES.get(name)(**parameters)

@@ -12,6 +12,7 @@ from typing import Any
 from nemo_bard.base.files import read_json
 from nemo_bard.base.moved import PACKAGE, new_name
 from nemo_bard.base.registry import import_dotted
+from nemo_bard.data.readers import input_files
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import OWN_KEYS, RUN_DIR, Job, Stage
 from nemo_bard.train.recipe_file import translate
@@ -23,6 +24,7 @@ NOT_COMPARED = (
     "dataloader.pin_memory", "dataloader.persistent_workers", "dataloader.prefetch_factor",
     "validation_dataloader.num_workers", "step_scheduler.ckpt_every_steps", "step_scheduler.log_remote_every_steps",
     "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
+    "on_bad_sample",
 )  # fmt: skip
 """Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
 
@@ -61,15 +63,9 @@ def external_inputs(stage: Stage, job: Job) -> dict[str, Path]:
         if value not in {s.name for s in job.stages} and isinstance(path, Path):
             found[use] = path
     for section in ("dataset", "validation_dataset"):
-        for name, path in read_by((stage.recipe or {}).get(section) or {}).items():
+        for name, path in input_files((stage.recipe or {}).get(section) or {}).items():
             found[section if name == "path" else f"{section}.{name}"] = path
     return found
-
-
-def read_by(section: Mapping[str, Any]) -> dict[str, Path]:
-    """Files and folders that a data set reads, by the key of its section of a recipe."""
-    path = section.get("path")
-    return {"path": Path(path)} if isinstance(path, str) and Path(path).exists() else {}
 
 
 def input_digests(stage: Stage, job: Job, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -42,9 +42,10 @@ def open_samples(job: Job) -> Any:
     settings = job.evaluation
     if settings["data"] is None:
         return None
-    from nemo_bard.evaluation.evaluate import load_dataset, resolve_scorer
+    from nemo_bard.data.readers import open_dataset
+    from nemo_bard.evaluation.evaluate import resolve_scorer
 
-    dataset = load_dataset(settings["data"], limit=settings["limit"])
+    dataset = open_dataset(settings["data"], limit=settings["limit"])
     resolve_scorer(settings["scorer"], dataset)
     decoding(None, settings)
     return dataset

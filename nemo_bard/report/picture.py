@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.data.conversation import split_last_response
-from nemo_bard.evaluation.responder import encode_prompts
+from nemo_bard.data.encode import encode_prompts
 from nemo_bard.generation.settings import BardGenerationConfig
 
 

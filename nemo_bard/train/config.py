@@ -2,264 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from nemo_bard.method.chunked import check_chunk_tokens
-from nemo_bard.method.noise import NoiseLevels, make_noise
+from nemo_bard.base.errors import not_one_of
+from nemo_bard.base.registry import import_dotted
+from nemo_bard.base.settings import check_keys
+from nemo_bard.data.rejects import check_on_bad_sample
+from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
+from nemo_bard.train.keys import COLLATOR, check_all_keys, collator_keys
+from nemo_bard.train.settings import DistillationSettings, PackingSettings, RecipeSettings
 
-RECIPE_KEYS = (
-    "recipe", "seed", "dist_env", "step_scheduler", "model", "processor", "freeze_config", "distributed", "dataset",
-    "dataloader", "validation_dataset", "validation_dataloader", "loss_fn", "optimizer", "lr_scheduler",
-    "clip_grad_norm", "checkpoint", "packed_sequence", "peft", "compile", "fp8", "quantization", "prewarm", "wandb",
-    "mlflow", "noise", "validation_noise", "compute_dtype", "loss_chunk_tokens", "ar_loss_weight",
-    "packing",
-)  # fmt: skip
-"""Top-level keys: those of AutoModel's VLM recipe, and what is BARD's."""
-REQUIRED_KEYS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
-ANCHOR_KEYS = ("anchor", "offload_anchor")
-SECTION_KEYS = {
-    "dist_env": ("backend", "timeout_minutes"),
-    "step_scheduler": (
-        "global_batch_size", "local_batch_size", "num_epochs", "max_steps", "ckpt_every_steps",
-        "save_checkpoint_every_epoch", "validate_on_checkpoint", "val_every_steps", "log_remote_every_steps",
-        "loss_average_window_steps", "gc_every_steps", "start_step", "start_epoch", "preemption_signal",
-    ),
-    "lr_scheduler": (
-        "_target_", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "init_lr", "max_lr", "min_lr", "start_wd",
-        "end_wd", "wd_incr_steps", "wd_incr_style", "use_checkpoint_opt_param_scheduler",
-        "override_opt_param_scheduler", "wsd_decay_steps", "lr_wsd_decay_style",
-    ),
-    "dataloader": (
-        "_target_", "shuffle", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "drop_last",
-        "collate_fn",
-    ),
-    "distributed": (
-        "_target_", "strategy", "tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size",
-        "activation_checkpointing", "activation_checkpointing_scope", "mp_policy", "offload_policy", "autocast_dtype",
-        "defer_fsdp_grad_sync", "reshard_after_forward", "enable_compile", "enable_fsdp2_prefetch",
-        "fsdp2_backward_prefetch_depth", "fsdp2_forward_prefetch_depth", "sequence_parallel", "tp_plan",
-        "enable_async_tensor_parallel", "patch_is_packed_sequence", "multimodal", "pipeline", "moe",
-    ),
-    "clip_grad_norm": ("max_norm", "backend"),
-    "packing": ("max_length", "cache_dir"),
-    "freeze_config": (
-        "freeze_modules", "unfreeze_modules", "freeze_vision_tower", "freeze_audio_tower", "freeze_language_model",
-        "freeze_video_embedder",
-    ),
-    "peft": (
-        "_target_", "target_modules", "exclude_modules", "match_all_linear", "dim", "alpha", "use_dora", "dropout",
-        "dropout_position", "lora_A_init", "lora_dtype", "use_memory_efficient_lora", "use_triton",
-    ),
-    "checkpoint": (
-        "enabled", "checkpoint_dir", "restore_from", "best_metric_key", "model_save_format", "model_cache_dir",
-        "model_repo_id", "save_consolidated", "is_peft", "model_state_dict_keys", "is_async", "wait_for_staging",
-        "cpu_offload", "allow_legacy_pickle_restore", "dequantize_base_checkpoint", "original_model_root_dir",
-        "skip_task_head_prefixes_for_base_model", "single_rank_consolidation", "staging_dir", "v4_compatible",
-        "legacy_paramwrapper_layout", "diffusers_compatible", "max_recent_checkpoints", "consolidation_timeout_minutes",
-    ),
-    "model": (
-        "_target_", "pretrained_model_name_or_path", "torch_dtype", "dtype", "attn_implementation",
-        "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "trust_remote_code", "cache_dir",
-        "revision", "token", "text_config", "vision_config", "quantization_config", "block_size", "mask_token_id",
-        "context_attention", "assistant_header_ids", "eos_token_id", "tie_word_embeddings",
-    ),
-}  # fmt: skip
 BACKENDS = ("auto", "nccl", "gloo")
-COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
-    """The ``noise`` section of a recipe.
-
-    Raises:
-        ValueError: For an unknown name, or a value that is not allowed.
-    """
-
-    name: str = "mask"
-    """``mask``, ``uniform`` or ``mixed``, see ``nemo_bard.method.noise``."""
-    low: float = 1e-3
-    """Smallest noise level ``t``, > 0."""
-    high: float = 1.0
-    """Largest noise level."""
-    per: str = "block"
-    """``block``: one level per block, stratified over a response; ``sample``: one level for all of a sample."""
-    num_random_ids: int | None = None
-    """Random replacements are drawn from ids below this; None means the tokenizer's base vocabulary, which ends
-    where special and added tokens begin (151643 for Qwen3-VL, what the reference draws from)."""
-    min_masked: int = 0
-    """Masked tokens that every sample has at least (all, if it has fewer); for ``mask`` with ``per: sample``."""
-    complementary: bool = False
-    """Lay every response out twice, once with the noise and once with its complement; for ``mask``. Levels then come
-    from the part of [low, high] whose complement lies in it too."""
-
-    def __post_init__(self) -> None:
-        make_noise(self.name)
-        for key in ("low", "high"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"noise.{key} must be a number, got {value!r}")
-        NoiseLevels(low=float(self.low), high=float(self.high), per=self.per)
-        if self.num_random_ids is not None:
-            _check_count("noise.num_random_ids", self.num_random_ids)
-        if isinstance(self.min_masked, bool) or not isinstance(self.min_masked, int) or self.min_masked < 0:
-            raise ValueError(f"noise.min_masked must be an integer >= 0, got {self.min_masked!r}")
-        if self.min_masked and (self.name, self.per) != ("mask", "sample"):
-            raise ValueError(
-                f"noise.min_masked={self.min_masked} needs noise.name: mask and noise.per: sample, got {self.name!r}"
-                f" and {self.per!r}"
-            )
-        if not isinstance(self.complementary, bool):
-            raise ValueError(f"noise.complementary must be true or false, got {self.complementary!r}")
-        if self.complementary:
-            self._check_complementary()
-
-    def _check_complementary(self) -> None:
-        if self.name != "mask":
-            raise ValueError(f"noise.complementary needs noise.name: mask, got {self.name!r}")
-        if self.min_masked:
-            raise ValueError(
-                f"noise.complementary supervises every token once and does not go with noise.min_masked="
-                f"{self.min_masked}; set it to 0"
-            )
-        if not (self.low < 0.5 < self.high or self.low == self.high == 0.5):
-            raise ValueError(
-                f"noise.complementary needs low < 0.5 < high, because the complement of level t has level 1 - t, got"
-                f" low={self.low}, high={self.high}"
-            )
-
-    @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any] | None, *, section: str = "noise", more: Sequence[str] = ()
-    ) -> NoiseSettings:
-        """Build from a recipe's section; ``section`` is its name in error messages, ``more`` further keys it knows.
-
-        Raises:
-            ValueError: For an unknown key (names the nearest one) or a value that is not allowed.
-        """
-        values = dict(values or {})
-        check_keys(section, values, [*(field.name for field in fields(cls)), *more])
-        return cls(**values)
-
-    def levels(self) -> NoiseLevels:
-        """How the level of each block is drawn; with ``complementary`` from a range that ``t -> 1 - t`` maps to itself."""
-        low, high = float(self.low), float(self.high)
-        if self.complementary:
-            low = max(low, 1.0 - high)
-            high = 1.0 - low
-        return NoiseLevels(low=low, high=high, per=self.per)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoisePhase:
-    """One phase of a noise schedule."""
-
-    until: float
-    """Fraction of the run at which it ends, in (0, 1]."""
-    settings: NoiseSettings
-    """Its noise; with ``ramp`` that of its last step."""
-    ramp: bool = False
-    """Move ``low`` and ``high`` linearly, step by step, from those of the phase before to its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """Which noise holds at which step of a run: a pure function of the step and the length of the run."""
-
-    phases: tuple[NoisePhase, ...]
-    """At least one, in order; the last ends at 1."""
-
-    PHASE_KEYS: ClassVar[tuple[str, ...]] = ("until", "ramp", "name", "low", "high", "per", "min_masked")
-    """What a phase of ``noise.schedule`` may say; all but the first two replace keys of the ``noise`` section."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None) -> NoiseSchedule:
-        """Build from a recipe's ``noise`` section, in which ``schedule`` may be absent.
-
-        Raises:
-            ValueError: One line that names the phase, the key, its value and what is allowed.
-        """
-        values = dict(values or {})
-        rows = values.pop("schedule", None)
-        base = NoiseSettings.from_dict(values, more=("schedule",))
-        if rows is None:
-            return cls(phases=(NoisePhase(until=1.0, settings=base),))
-        if not isinstance(rows, (list, tuple)) or not rows:
-            raise ValueError(
-                'noise.schedule must be a list of phases such as [{"until": 0.3, "high": 0.5}, {"low": 0.2}], got'
-                f" {rows!r}"
-            )
-        phases: list[NoisePhase] = []
-        for number, row in enumerate(rows):
-            key = f"noise.schedule[{number}]"
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{key} must be a section of keys, got {row!r}")
-            check_keys(key, row, cls.PHASE_KEYS)
-            until = cls._until(key, row.get("until"), phases[-1].until if phases else 0.0, number == len(rows) - 1)
-            ramp = row.get("ramp", False)
-            if not isinstance(ramp, bool):
-                raise ValueError(f"{key}.ramp must be true or false, got {ramp!r}")
-            if ramp and not phases:
-                raise ValueError(f"{key}.ramp: the first phase has no levels before it to start from")
-            changes = {name: value for name, value in row.items() if name not in ("until", "ramp")}
-            try:
-                phases.append(NoisePhase(until=until, settings=replace(base, **changes), ramp=ramp))
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
-        return cls(phases=tuple(phases))
-
-    @staticmethod
-    def _until(key: str, value: object, before: float, is_last: bool) -> float:
-        if is_last:
-            if value not in (None, 1) or isinstance(value, bool):
-                raise ValueError(f"{key}.until: the last phase is open; leave it out, got {value!r}")
-            return 1.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-            raise ValueError(f"{key}.until must be a fraction of the run between 0 and 1, got {value!r}")
-        if value <= before:
-            raise ValueError(f"{key}.until must be greater than that of the phase before ({before}), got {value}")
-        return float(value)
-
-    def first_steps(self, total_steps: int) -> list[int]:
-        """First step of each phase in a run of ``total_steps``, and the run's end; phases may come out empty."""
-        return [0, *(round(phase.until * total_steps) for phase in self.phases)]
-
-    def at(self, step: int, total_steps: int) -> tuple[int, NoiseSettings]:
-        """Number of the phase that holds at a step (counted from 0), and the noise there."""
-        edges = self.first_steps(total_steps)
-        number = sum(step >= edge for edge in edges[1:-1])
-        phase = self.phases[number]
-        if not phase.ramp:
-            return number, phase.settings
-        before, after = self.phases[number - 1].settings, phase.settings
-        part = (step - edges[number] + 1) / max(edges[number + 1] - edges[number], 1)
-        low, high = (
-            getattr(before, name) + (getattr(after, name) - getattr(before, name)) * min(part, 1.0)
-            for name in ("low", "high")
-        )
-        return number, replace(after, low=low, high=min(max(low, high), 1.0))
-
-
-def check_keys(section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for the first key that is not known, naming the nearest one; ``section`` may be empty."""
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            prefix = f"{section}." if section else ""
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"unknown recipe key {prefix}{key}{hint}")
 
 
 def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> None:
@@ -274,43 +34,23 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     """
     if "ema" in raw:
         raise ValueError("ema: NeMo AutoModel 0.7.0 has no average of weights in its VLM recipe; remove the key")
-    check_keys("", raw, [*RECIPE_KEYS, *(ANCHOR_KEYS if with_anchor else ())])
-    for key in [*REQUIRED_KEYS, *(["anchor"] if with_anchor else [])]:
-        if not isinstance(raw.get(key), Mapping):
-            raise ValueError(f"the recipe needs a section {key!r}, got {raw.get(key)!r}")
-    for section, known in {**SECTION_KEYS, "anchor": SECTION_KEYS["model"]}.items():
-        for name in (section, f"validation_{section}") if section == "dataloader" else (section,):
-            if raw.get(name) is not None:
-                if not isinstance(raw[name], Mapping):
-                    raise ValueError(f"{name} must be a section of keys, got {raw[name]!r}")
-                check_keys(name, raw[name], known)
-    if raw.get("packed_sequence"):
-        raise ValueError(
-            "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length"
-        )
+    check_all_keys(raw, with_anchor=with_anchor)
+    settings = (DistillationSettings if with_anchor else RecipeSettings).from_recipe(raw)
     _check_packing(raw)
-    _check_choice("compute_dtype", raw.get("compute_dtype", "auto"), COMPUTE_DTYPES)
+    check_on_bad_sample(raw.get("on_bad_sample"))
     _check_choice("dist_env.backend", (raw.get("dist_env") or {}).get("backend", "auto"), BACKENDS)
-    check_chunk_tokens(raw.get("loss_chunk_tokens"))
-    seed = raw.get("seed", 42)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
     _check_distributed(raw["distributed"])
     _check_optimizer(raw["optimizer"])
     _check_step_scheduler(raw["step_scheduler"])
     _check_lr_scheduler(raw.get("lr_scheduler") or {}, raw)
     for name in ("model", "anchor") if with_anchor else ("model",):
         _check_model(name, raw[name])
-    _check_ar_loss(raw)
-    offload = raw.get("offload_anchor", False)
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload_anchor must be true or false, got {offload!r}")
+    _check_ar_loss(raw, settings.ar_loss_weight)
     for name in ("dataset", "validation_dataset"):
         _check_dataset(name, raw.get(name))
     for name in ("dataloader", "validation_dataloader"):
         if raw.get(name.replace("dataloader", "dataset")) is not None:
             _check_collator(name, raw.get(name) or {})
-            _check_workers(name, raw.get(name) or {})
     _check_noise(raw)
     _check_freeze(raw.get("freeze_config"))
     _check_peft(raw)
@@ -319,9 +59,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
 
 def _check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+        raise not_one_of(key, value, allowed)
 
 
 def _check_count(key: str, value: object) -> None:
@@ -425,14 +163,12 @@ def _check_model(section_name: str, section: Mapping[str, Any]) -> None:
         raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
 
 
-def check_ar_loss(weight: object, context_attention: str | None) -> None:
+def check_ar_loss(weight: float, context_attention: str | None) -> None:
     """Check ``ar_loss_weight`` against the model's ``context_attention`` (None if that is not known yet).
 
     Raises:
-        ValueError: If the weight is no number >= 0, or the context cannot learn to predict the next token.
+        ValueError: If the context cannot learn to predict the next token.
     """
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"ar_loss_weight must be a number >= 0, got {weight!r}")
     if weight and context_attention not in (None, "causal"):
         raise ValueError(
             f"ar_loss_weight={weight} needs a model with context_attention: causal (a token must not see the next one),"
@@ -440,12 +176,12 @@ def check_ar_loss(weight: object, context_attention: str | None) -> None:
         )
 
 
-def _check_ar_loss(raw: Mapping[str, Any]) -> None:
+def _check_ar_loss(raw: Mapping[str, Any], weight: float) -> None:
     attention = raw["model"].get("context_attention")
     config_file = Path(raw["model"]["pretrained_model_name_or_path"]) / "config.json"
     if attention is None and config_file.is_file():
         attention = json.loads(config_file.read_text()).get("context_attention", "block")
-    check_ar_loss(raw.get("ar_loss_weight", 0.0), attention)
+    check_ar_loss(weight, attention)
 
 
 def _check_dataset(name: str, section: object) -> None:
@@ -473,91 +209,38 @@ def _check_dataset(name: str, section: object) -> None:
 
 
 def _check_packing(raw: Mapping[str, Any]) -> None:
-    section = raw.get("packing") or {}
-    if section.get("max_length") is None:
+    if PackingSettings.from_dict(raw.get("packing")).max_length is None:
         return
-    _check_count("packing.max_length", section["max_length"])
-    cache = section.get("cache_dir")
-    if cache is not None and (not isinstance(cache, str) or not cache):
-        raise ValueError(f"packing.cache_dir must be a folder or null, got {cache!r}")
     collator = (raw["dataloader"].get("collate_fn") or {}).get("_target_")
-    if not str(collator).endswith("nemo_bard.data.BlockDiffusionCollator"):
-        raise ValueError(
-            f"packing needs dataloader.collate_fn._target_: nemo_bard.data.BlockDiffusionCollator, got {collator!r}"
-        )
-
-
-def _check_workers(name: str, section: Mapping[str, Any]) -> None:
-    for key in ("persistent_workers", "prefetch_factor"):
-        if section.get(key) and not section.get("num_workers"):
-            raise ValueError(f"{name}.{key}={section[key]} needs {name}.num_workers > 0")
+    if not str(collator).endswith(COLLATOR):
+        raise ValueError(f"packing needs dataloader.collate_fn._target_: {COLLATOR}, got {collator!r}")
 
 
 def _check_collator(name: str, section: Mapping[str, Any]) -> None:
     collator = section.get("collate_fn")
     if not isinstance(collator, Mapping) or not collator.get("_target_"):
         raise ValueError(f"{name}.collate_fn must be a section with _target_, got {collator!r}")
-    if str(collator["_target_"]).endswith("nemo_bard.data.BlockDiffusionCollator"):
-        known = ("_target_", "max_length", "turns", "overlong", "pad_to_multiple_of")
-        check_keys(f"{name}.collate_fn", collator, known)
+    if str(collator["_target_"]).endswith(COLLATOR):
+        check_keys(f"{name}.collate_fn", collator, collator_keys())
 
 
 def _check_noise(raw: Mapping[str, Any]) -> None:
     noise = raw.get("noise")
     schedule = NoiseSchedule.from_dict(noise)
     base = NoiseSettings.from_dict({key: value for key, value in (noise or {}).items() if key != "schedule"})
-    names = {"noise.name": base.name}
-    names.update({f"noise.schedule[{i}].name": phase.settings.name for i, phase in enumerate(schedule.phases)})
-    if raw.get("validation_noise") is not None:
-        _, rest = split_levels(raw["validation_noise"])
-        validation = NoiseSettings.from_dict(rest, section="validation_noise")
-        names["validation_noise.name"] = validation.name
-    loss = raw["loss_fn"].get("_target_")
-    if not loss:
+    validation = ValidationNoise.from_dict(raw.get("validation_noise"), base)
+    used = {"noise.name": base}
+    used.update({f"noise.schedule[{i}].name": phase.settings for i, phase in enumerate(schedule.phases)})
+    used["validation_noise.name"] = validation.settings
+    target = raw["loss_fn"].get("_target_")
+    if not target:
         raise ValueError("loss_fn must have _target_, such as nemo_bard.method.BlockDiffusionCrossEntropy")
-    if isinstance(loss, str) and loss.startswith("nemo_bard."):
-        loss = _resolve("loss_fn._target_", loss)
+    loss = _resolve("loss_fn._target_", target) if isinstance(target, str) else target
+    if str(getattr(loss, "__module__", "")).startswith("nemo_bard."):
         check_keys("loss_fn", raw["loss_fn"], ["_target_", *inspect.signature(loss).parameters])
-    for key, name in names.items():
-        if getattr(loss, "needs_noisy_ids", False) and name != "uniform":
-            raise ValueError(
-                f"loss_fn {loss.__name__} needs {key}: uniform (its formula holds on the path from uniform noise),"
-                f" got {name!r}"
-            )
-
-
-def split_levels(section: Mapping[str, Any] | None) -> tuple[list[NoiseSettings], dict[str, Any] | None]:
-    """Take ``levels`` out of a ``validation_noise`` section.
-
-    Returns:
-        Settings of each level (none if there are no levels), and the section without ``levels``.
-
-    Raises:
-        ValueError: For levels outside (0, 1], or a section that is not as it must be.
-    """
-    if section is None:
-        return [], None
-    rest = {key: value for key, value in section.items() if key != "levels"}
-    NoiseSettings.from_dict(rest, section="validation_noise")
-    levels = section.get("levels")
-    if levels is None:
-        return [], rest
-    good = isinstance(levels, (list, tuple)) and levels and all(_is_level(t) for t in levels)
-    if not good or len(set(levels)) != len(levels):
-        raise ValueError(f"validation_noise.levels must be a list of different numbers in (0, 1], got {levels!r}")
-    for key in ("low", "high"):
-        if key in rest:
-            raise ValueError(f"validation_noise.{key}={rest[key]!r} and validation_noise.levels exclude each other")
-    return [NoiseSettings.from_dict({**rest, "low": t, "high": t}, section="validation_noise") for t in levels], rest
-
-
-def level_name(t: float) -> str:
-    """Return the name of the validation loss at noise level ``t``."""
-    return f"val_loss_t{t:g}"
-
-
-def _is_level(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    for key, settings in used.items():
+        if (reason := settings.noise.misfit(loss)) is not None:
+            raise ValueError(f"loss_fn {loss.__name__} does not go with {key}: {settings.name} ({reason})")
 
 
 def _check_freeze(section: object) -> None:
@@ -602,16 +285,15 @@ def _check_best_metric(raw: Mapping[str, Any], with_anchor: bool) -> None:
     name = (raw.get("checkpoint") or {}).get("best_metric_key")
     if name is None:
         return
-    levels, _ = split_levels(raw.get("validation_noise"))
-    allowed = ["default", "val_loss", *(level_name(level.low) for level in levels)]
+    levels = ValidationNoise.from_dict(raw.get("validation_noise"), NoiseSettings()).names()
+    allowed = ["default", "val_loss", *levels]
     allowed += ["val_ce_loss", "val_kd_loss"] if with_anchor else []
     allowed += ["val_diffusion_loss", "val_ar_loss"] if raw.get("ar_loss_weight") else []
     _check_choice("checkpoint.best_metric_key", name, allowed)
 
 
 def _resolve(key: str, dotted: str) -> Any:
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: {dotted} cannot be imported ({error})") from error
+        return import_dotted(dotted)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

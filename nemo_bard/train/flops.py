@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_bard.cost.estimate import Flops, row_flops
+from nemo_bard.cost.estimate import Flops, peak_flops, row_flops
 from nemo_bard.method.layout import CONTEXT, PADDING
 
 if TYPE_CHECKING:
@@ -70,3 +70,17 @@ def batch_flops(config: BardVLConfig, batches: Iterable[Mapping[str, Any]]) -> F
             frames=frames,
         )
     return total
+
+
+def utilisation(flops: float, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What is logged of a GPU's work: TFLOP/s, and their part of its peak where that is known.
+
+    Args:
+        flops: FLOPs that it did; recomputation and row padding do not count.
+        seconds: Time that it took, > 0.
+        device: Where.
+        dtype: What it computed in.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    peak = peak_flops(name, str(dtype).removeprefix("torch.")) if name else None
+    return {"tflops_per_gpu": flops / seconds / 1e12, **({"mfu": flops / seconds / peak} if peak else {})}

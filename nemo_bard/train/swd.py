@@ -14,22 +14,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.components.training.utils import ScopedModuleOffloading
 from nemo_automodel.recipes.vlm.finetune import build_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from nemo_bard.method.chunked import ChunkLoss, chunked_top_k
-from nemo_bard.method.layout import PADDING, check_anchor_block_size
+from nemo_bard.method.chunked import chunked_top_k
+from nemo_bard.method.layout import check_anchor_block_size
 from nemo_bard.method.losses import DistillationLoss
+from nemo_bard.method.objectives import Objective, SWDObjective, make_objective
+from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
-from nemo_bard.train.config import NoiseSettings, validate_recipe
+from nemo_bard.train.config import validate_recipe
 from nemo_bard.train.flops import batch_flops
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, run_main
+from nemo_bard.train.forward import model_inputs
+from nemo_bard.train.pbm import PBMRecipe
+from nemo_bard.train.settings import DistillationSettings
+from nemo_bard.upstream.recipe import run_main
 
 OVERRIDES = ("block_size", "mask_token_id")
 """Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""
@@ -88,10 +91,32 @@ def check_tokenizers(student: str, anchor: str) -> None:
         )
 
 
+@torch.no_grad()
+def anchor_top_k(
+    anchor: nn.Module, config: BardVLConfig, batch: Mapping[str, Any], *, k: int, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the anchor on a student's row, under the mask of its own blocks.
+
+    Args:
+        anchor: The model that teaches.
+        config: Its configuration.
+        batch: A weighed microbatch on its device, with ``anchor_block_ids``.
+        k: How many logits.
+        chunk_tokens: See ``chunked_top_k``.
+
+    Returns:
+        Its largest logits at ``output_positions`` and their ids, each ``[K, k]``.
+    """
+    inputs = model_inputs({**batch, "block_ids": batch["anchor_block_ids"]}, config)
+    return anchor(**inputs, output_fn=partial(chunked_top_k, k=k, chunk_tokens=chunk_tokens))
+
+
 class SWDRecipe(PBMRecipe):
     """PBM with a frozen anchor; see ``recipes/swd.yaml`` for its settings."""
 
     loss_class = DistillationLoss
+    settings_class = DistillationSettings
+    settings: DistillationSettings
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -114,7 +139,6 @@ class SWDRecipe(PBMRecipe):
             ValueError: If the recipe or a checkpoint is not as it must be.
         """
         super().setup()
-        self.parts: list[Tensor] = []
         anchor = build_model(
             self.cfg.anchor,
             cfg_freeze=None,
@@ -128,7 +152,7 @@ class SWDRecipe(PBMRecipe):
             )
         assert anchor.config.block_size == self.anchor_block_size
         # Without CUDA there is nowhere to offload from.
-        self.offload_anchor = self.cfg.get("offload_anchor", False) and self.dist_env.device.type == "cuda"
+        self.offload_anchor = self.settings.offload_anchor and self.dist_env.device.type == "cuda"
         self.anchor = anchor.to("cpu" if self.offload_anchor else self.dist_env.device).eval().requires_grad_(False)
         self.untrack_state("anchor")
 
@@ -144,76 +168,26 @@ class SWDRecipe(PBMRecipe):
         if self.cfg.get("anchor.torch_dtype", None) is None:
             self.cfg.set_by_dotted("anchor.torch_dtype", str(self.compute_dtype).removeprefix("torch."))
 
+    def _make_objective(self) -> Objective:
+        return self._with_joint_loss(make_objective(self.loss_fn, SWDObjective, teach=self._teach))
+
     def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
         return {**super()._collator_settings(noise), "anchor_block_size": self.anchor_block_size}
 
-    # ------------------ one optimizer step ------------------
-    def _weigh(self, batch: dict[str, Any], totals: StepTotals) -> dict[str, Any]:
-        """One weight for all supervised tokens: these losses are means over them."""
-        positions = batch["loss_mask"].flatten().nonzero().flatten()
-        weight = torch.full(positions.shape, 1 / max(totals.num_loss_tokens, 1))
-        following = self._weigh_next_tokens(batch, totals)
-        return {**batch, "output_positions": positions, "output_weight": weight, **following}
-
-    def _diffusion_loss(self, batch: dict[str, Any]) -> ChunkLoss:
-        """Loss of a weighed microbatch's noisy tokens; its two parts are kept for the log."""
-        positions, weight = batch["output_positions"], batch["output_weight"]
-        labels = batch["labels"].flatten()[positions]
-        kd_mask = batch["anchor_block_ids"].flatten()[positions] != PADDING
-        top_logits, top_ids = self._anchor_top_k(batch)
-        parts = torch.zeros(2, device=positions.device)
-        self.parts.append(parts)
-
-        def loss(logits: Tensor, part: slice) -> Tensor:
-            out = self.loss_fn(
-                logits,
-                labels[part],
-                weight=weight[part],
-                anchor_top_logits=top_logits[part],
-                anchor_top_ids=top_ids[part],
-                kd_mask=kd_mask[part],
-            )
-            parts.add_(torch.stack([out.ce, out.kd]).detach())
-            return out.loss
-
-        return loss
-
-    @torch.no_grad()
-    def _anchor_top_k(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _teach(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The anchor's largest logits at the supervised tokens and their ids, each ``[K, kd_top_k]``."""
-        output_fn = partial(chunked_top_k, k=self.loss_fn.kd_top_k, chunk_tokens=self.loss_chunk_tokens)
-        inputs = self._model_inputs({**batch, "block_ids": batch["anchor_block_ids"]}, self.anchor.config)
         with ScopedModuleOffloading(self.anchor, enabled=self.offload_anchor):
-            top = self.anchor(**inputs, output_fn=output_fn)
+            top = anchor_top_k(
+                self.anchor, self.anchor.config, batch, k=self.loss_fn.kd_top_k, chunk_tokens=self.loss_chunk_tokens
+            )
             for module in self.anchor.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # FSDP keeps some parameters whole for a backward that never comes
         return top
 
-    def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
-        """Train one step and log the unweighted parts of its loss."""
-        self.parts.clear()
-        log_data = super()._run_train_optim_step(batches, max_grad_norm)
-        ce, kd = self._reduce_parts()
-        log_data.metrics.update(ce_loss=ce, kd_loss=kd)
-        return log_data
-
-    def _validate(self, val_dataloader: DataLoader, noise: NoiseSettings) -> MetricsSample:
-        """PBM's, with the parts of the loss."""
-        self.parts.clear()
-        log_data = super()._validate(val_dataloader, noise)
-        tokens = max(log_data.metrics["num_label_tokens"], 1)
-        ce, kd = self._reduce_parts()
-        log_data.metrics.update(val_ce_loss=ce / tokens, val_kd_loss=kd / tokens)
-        return log_data
-
     def _step_flops(self, batches: list[dict[str, Any]]) -> float:
         """The student's FLOPs, and one forward of the anchor."""
         return super()._step_flops(batches) + batch_flops(self.anchor.config, batches).forward
-
-    def _reduce_parts(self) -> list[float]:
-        """Cross-entropy and distillation, summed over microbatches and ranks."""
-        return self._dp_allreduce(torch.stack(self.parts).double().sum(0), include_cp=True).tolist()
 
 
 def _read_loss(section: Mapping[str, Any]) -> DistillationLoss:

@@ -245,16 +245,8 @@ def test_existing_picture_is_kept(call, tmp_path):
         assert image.n_frames >= 2
 
 
-def test_video(call, folder):
-    av = pytest.importorskip("av")
-    with av.open(str(folder / "v.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for level in range(24):
-            image = Image.new("RGB", (64, 64), (10 * level, 0, 0))
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
+def test_video(call, folder, write_clip):
+    write_clip(folder / "v.mp4")
     code, out, _ = call("generate", "--video", folder / "v.mp4", "--prompt", "What?", "--max-new-tokens", 4)
     assert code == 0
     assert out.strip()
@@ -326,7 +318,8 @@ def test_calibrate_asks_for_matplotlib_before_the_sweep(call, monkeypatch):
 def test_transformers_streamers_and_pipeline(folder):
     from transformers import TextIteratorStreamer, pipeline
 
-    from nemo_bard.evaluation.responder import encode_prompts, load_checkpoint
+    from nemo_bard.data.encode import encode_prompts
+    from nemo_bard.evaluation.responder import load_checkpoint
 
     model, processor = load_checkpoint(folder / "bard")
     conversation = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pbm import TRAIN, read_log, write_data
 
-from nemo_bard.train.config import NoiseSettings
+from nemo_bard.method.schedule import NoiseSettings
 
 pytestmark = pytest.mark.slow
 

@@ -13,14 +13,14 @@ from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
 from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import IGNORE_INDEX, BlockDiffusionCollator, lay_out_sample
+from nemo_bard.data.encode import find_media
+from nemo_bard.method.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
 from nemo_bard.method.layout import NOISY, PADDING, find_responses
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy, MixturePathKL
 from nemo_bard.method.noise import NOISES
-from nemo_bard.train import corruption
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch, loss_weight, without_samples
+from nemo_bard.method.objectives import PBMObjective, StepTotals, count
+from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train.masks import dense_mask
-from nemo_bard.train.pbm import StepTotals, count, weigh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collate"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -47,6 +47,10 @@ def tiny(tmp_path_factory):
     processor = AutoProcessor.from_pretrained(folder / "start")
     model = BardVLForConditionalGeneration.from_pretrained(folder / "start").eval()
     return SimpleNamespace(processor=processor, config=model.config, model=model)
+
+
+def weigh(batch, reduction, totals):
+    return PBMObjective(BlockDiffusionCrossEntropy(reduction)).weigh(batch, totals)
 
 
 def collator(tiny, **options):
@@ -140,7 +144,7 @@ def test_loss_mask_follows_the_reference(case, golden_config, monkeypatch):
         rows.append([lay_out_sample(ids, positions, [span], case["block_size"], pad_token_id=pad, sample_index=i)])
         drawn.append(torch.from_numpy(golden[f"noisy_ids_{i}"]))
 
-    class Replay(NOISES[name]):
+    class Replay(NOISES.get(name)):
         def corrupt(self, clean_ids, t, **kwargs):
             real = super().corrupt(clean_ids, t, **kwargs)
             noisy = drawn.pop(0)
@@ -151,7 +155,7 @@ def test_loss_mask_follows_the_reference(case, golden_config, monkeypatch):
             }
             return real._replace(noisy_ids=noisy, loss_mask=rule[name])
 
-    monkeypatch.setattr(corruption, "make_noise", lambda _: Replay())
+    monkeypatch.setitem(NOISES._things, name, Replay)
     context = NoiseContext(block_size=case["block_size"], mask_token_id=509, num_random_ids=500, seed=0, epoch=0)
     batch = corrupt_batch(stub.stack(rows), NoiseSettings(name=name), context)
     for i, spans in enumerate(case["samples"]):
@@ -250,7 +254,7 @@ def test_media_behind_the_last_answer_is_left_out(tiny):
         (["hello"], "sample 7 has no assistant turn"),
         (["hello", ""], "sample 7: assistant turn 0 is empty"),
         (["<|im_start|>assistant\nhello<|im_end|>", "a"], "sample 7 has 1 assistant turns but 2 responses"),
-        (["<|image_pad|>", "a"], "sample 7 has 1 image tokens but 0 images of 0 tokens"),
+        (["<|image_pad|>", "a"], "sample 7: 1 image tokens but 0 images of 0 tokens"),
     ],
 )
 def test_conversation_that_cannot_be_trained_on_is_refused(tiny, turns, message):
@@ -454,16 +458,16 @@ def test_videos_among_images_give_the_features_that_qwen3_vl_gives(tiny):
     }
     make = collator(tiny)
     positions = make._positions(input_ids, inputs)
-    media = make._media(input_ids, inputs, 0)
-    assert [tuple(grid.tolist()) for _, _, grid in media] == [(2, 2, 4), (1, 2, 2), (1, 2, 4)]
+    media = find_media(input_ids, inputs, make._media_tokens)
+    assert [tuple(medium.grid.tolist()) for medium in media] == [(2, 2, 4), (1, 2, 2), (1, 2, 4)]
     mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()[None, None]
     common = {"attention_mask": mask, "position_ids": positions[:, None]}
     with torch.no_grad():
         theirs = tiny.model(input_ids=input_ids[None], **common, **inputs).logits
         ours = tiny.model(
             input_ids=input_ids.masked_fill(input_ids == video, image)[None],
-            pixel_values=torch.cat([patches for _, patches, _ in media]),
-            image_grid_thw=torch.stack([grid for _, _, grid in media]),
+            pixel_values=torch.cat([medium.patches for medium in media]),
+            image_grid_thw=torch.stack([medium.grid for medium in media]),
             **common,
         ).logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -10,15 +10,20 @@ from nemo_bard import BardVLForConditionalGeneration
 from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import BlockDiffusionCollator
+from nemo_bard.method.corruption import NoiseContext, corrupt_batch
 from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, sample_layout
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, count, weigh
+from nemo_bard.method.objectives import PBMObjective, StepTotals, count
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train.forward import model_inputs
 
 LENGTH, RESPONSES = 41, [(5, 8), (12, 29), (33, 41)]  # of 3, 17 and 8 tokens
 MASK = 999
 COMPLEMENTARY = NoiseSettings(complementary=True)
+
+
+def weigh(batch, reduction, totals):
+    return PBMObjective(BlockDiffusionCrossEntropy(reduction)).weigh(batch, totals)
 
 
 def seen_by(layout, block, context_attention):
@@ -208,7 +213,7 @@ def test_the_loss_is_the_mean_of_both_copies_laid_out_alone(tiny, reduction):
         batch = weigh(batch, reduction, totals)
         where = batch["output_positions"]
         with torch.no_grad():
-            logits = tiny.model(**PBMRecipe.__new__(PBMRecipe)._model_inputs(batch, tiny.config)).logits
+            logits = tiny.model(**model_inputs(batch, tiny.config)).logits
         loss = BlockDiffusionCrossEntropy(reduction)
         return loss(logits, batch["labels"].flatten()[where], weight=batch["output_weight"]).item()
 

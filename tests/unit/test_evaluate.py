@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemo_bard.data.digits import make_digits
+from nemo_bard.data.readers import open_dataset
 from nemo_bard.evaluation import evaluate as ev
 from nemo_bard.evaluation.responder import Answer, AnswerBatch
 
@@ -175,16 +176,16 @@ def test_scorer_must_be_consistent(table):
         ev.evaluate(MODEL, None, Data(2), progress=False, scorer=moody)
 
 
-def test_load_dataset(tmp_path):
-    data = ev.load_dataset("digits:test,rows=1,columns=2,seed=3", limit=4)
+def test_open_dataset(tmp_path):
+    data = open_dataset("digits:test,rows=1,columns=2,seed=3", limit=4)
     assert (len(data), data.seed, data.split, data.config.rows, data.config.columns) == (4, 3, "test", 1, 2)
-    assert len(ev.load_dataset("digits:validation")) == 256
+    assert len(open_dataset("digits:validation")) == 256
     line = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     (tmp_path / "d.jsonl").write_text(line * 3)
-    assert len(ev.load_dataset(str(tmp_path / "d.jsonl"), limit=2)) == 2
+    assert len(open_dataset(str(tmp_path / "d.jsonl"), limit=2)) == 2
     (tmp_path / "bad.jsonl").write_text(line + "{\n")
     with pytest.raises(ValueError, match="bad.jsonl:2"):
-        ev.load_dataset(str(tmp_path / "bad.jsonl"))
+        open_dataset(str(tmp_path / "bad.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -199,4 +200,4 @@ def test_load_dataset(tmp_path):
 )
 def test_unknown_data_is_named(name, message):
     with pytest.raises(ValueError, match=message):
-        ev.load_dataset(name)
+        open_dataset(name)

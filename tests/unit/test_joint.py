@@ -1,5 +1,6 @@
 """The joint autoregressive loss: equal to Qwen3-VL's own, and independent of noise, chunks, splits and packing."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,13 @@ from nemo_bard import BardVLForConditionalGeneration
 from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import BlockDiffusionCollator
+from nemo_bard.method.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.method.layout import CONTEXT, NOISY, sample_layout
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy, DistillationLoss
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import NoiseContext, corrupt_batch, without_samples
-from nemo_bard.train.joint import next_tokens
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, count
-from nemo_bard.train.swd import SWDRecipe
+from nemo_bard.method.objectives import UNIT_TOTALS, JointObjective, PBMObjective, StepTotals, SWDObjective, count
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train.forward import batch_loss, model_inputs
+from nemo_bard.train.swd import anchor_top_k
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +62,12 @@ def samples():
     ]
 
 
-def recipe_of(tiny, *, weight=0.7, reduction="mean", chunk=5):
-    """The recipe's loss code without a run."""
-    recipe = PBMRecipe.__new__(PBMRecipe)
-    state = {
-        "ar_loss_weight": weight,
-        "joint_parts": [],
-        "loss_fn": BlockDiffusionCrossEntropy(reduction),
-        "loss_chunk_tokens": chunk,
-        "model_parts": [tiny.model],
-    }
-    recipe.__dict__.update(state)
-    return recipe
+def joint(*, weight=0.7, reduction="mean"):
+    return JointObjective(PBMObjective(BlockDiffusionCrossEntropy(reduction)), weight)
+
+
+def plain():
+    return PBMObjective(BlockDiffusionCrossEntropy())
 
 
 def collator(tiny, **options):
@@ -86,18 +81,19 @@ def noised(tiny, batch, seed=3, **noise):
     return corrupt_batch(batch, NoiseSettings(**noise), context)
 
 
-def step(tiny, batches, recipe=None, totals=None):
-    """Total loss, (diffusion, autoregressive) loss and gradients of an optimizer step over microbatches."""
-    recipe = recipe or recipe_of(tiny)
+def step(tiny, batches, objective=None, totals=None, chunk=5):
+    """Total loss, its parts (diffusion, autoregressive, ...) and gradients of an optimizer step over microbatches."""
+    objective = objective or joint()
     totals = totals or count(batches)
     tiny.model.zero_grad()
-    recipe.joint_parts.clear()
-    total = 0.0
+    total, parts = 0.0, []
     for batch in batches:
-        loss = recipe._compute_loss(tiny.model, recipe._weigh(batch, totals))
+        weighed = objective.weigh(batch, totals)
+        loss, kept = batch_loss(tiny.model, tiny.config, objective, weighed, chunk_tokens=chunk)
         loss.backward()
         total += loss.item()
-    parts = torch.stack(recipe.joint_parts).sum(0).tolist() if recipe.joint_parts else None
+        parts.append(kept.parts())
+    parts = torch.stack(parts).sum(0).tolist()
     return total, parts, {name: p.grad.clone() for name, p in tiny.model.named_parameters()}
 
 
@@ -142,7 +138,7 @@ def test_equals_the_loss_of_the_plain_qwen3_vl(tiny, turns):
 def test_reduction_sum_is_the_mean_over_all_response_tokens(tiny):
     batch = noised(tiny, collator(tiny)(samples()))
     totals = count([batch])
-    _, (_, ar), _ = step(tiny, [batch], recipe_of(tiny, reduction="sum"))
+    _, (_, ar), _ = step(tiny, [batch], joint(reduction="sum"))
     tokens, summed = 0, 0.0
     for example in samples():
         losses = source_losses(tiny, example, lambda spans: range(len(spans)))
@@ -162,13 +158,12 @@ def test_the_diffusion_loss_is_what_it_is_without(tiny):
         noised(tiny, collator(tiny, next_token=False)(samples())),
     )
     _, (diffusion, _), _ = step(tiny, [with_ar])
-    plain, parts, gradients = step(tiny, [without], recipe_of(tiny, weight=0.0))
-    assert parts is None
+    expected, parts, gradients = step(tiny, [without], plain())
+    assert parts == []
     assert "ar_response_ids" not in without
-    assert diffusion == pytest.approx(plain, rel=1e-5)
-    longer, parts, other = step(tiny, [with_ar], recipe_of(tiny, weight=0.0))
-    assert parts is None
-    assert longer == pytest.approx(plain, rel=1e-5)
+    assert diffusion == pytest.approx(expected, rel=1e-5)
+    longer, _, other = step(tiny, [with_ar], plain())
+    assert longer == pytest.approx(expected, rel=1e-5)
     assert_equal_gradients(gradients, other)
 
 
@@ -193,9 +188,9 @@ def test_chunks_microbatches_and_packing_change_nothing(tiny, reduction):
         "four batches": ([noised(tiny, make([item])) for item in examples], 10**6),
         "packed": ([noised(tiny, {**make.stack([encoded[:2], encoded[2:]]), "num_dropped": 0})], 7),
     }
-    loss, parts, gradients = step(tiny, [whole], recipe_of(tiny, reduction=reduction, chunk=10**6))
+    loss, parts, gradients = step(tiny, [whole], joint(reduction=reduction), chunk=10**6)
     for batches, chunk in runs.values():
-        other, other_parts, other_gradients = step(tiny, batches, recipe_of(tiny, reduction=reduction, chunk=chunk))
+        other, other_parts, other_gradients = step(tiny, batches, joint(reduction=reduction), chunk=chunk)
         assert other == pytest.approx(loss, rel=1e-5)
         assert other_parts == pytest.approx(parts, rel=1e-5)
         assert_equal_gradients(gradients, other_gradients)
@@ -203,16 +198,18 @@ def test_chunks_microbatches_and_packing_change_nothing(tiny, reduction):
 
 def test_gradients_equal_those_of_full_logits(tiny):
     """Both losses written out on the logits of the whole row."""
-    batch, recipe = noised(tiny, collator(tiny)(samples())), recipe_of(tiny)
-    weighed = recipe._weigh(batch, count([batch]))
-    loss, _, gradients = step(tiny, [batch], recipe)
+    batch = noised(tiny, collator(tiny)(samples()))
+    weighed = joint().weigh(batch, count([batch]))
+    loss, _, gradients = step(tiny, [batch])
     tiny.model.zero_grad()
-    inputs = recipe._model_inputs(weighed, tiny.config)
+    inputs = model_inputs(weighed, tiny.config)
     inputs["output_positions"] = torch.arange(batch["input_ids"].numel())
     log_p = tiny.model(**inputs).logits.log_softmax(-1)
-    noisy, following = weighed["output_positions"], next_tokens(weighed)
-    full = -(log_p[noisy, batch["labels"].flatten()[noisy]] * weighed["output_weight"]).sum()
-    full = full - 0.7 * (log_p[following.positions, following.labels] * following.weight).sum()
+    number, positions, weight = weighed["num_noisy"], weighed["output_positions"], weighed["output_weight"]
+    noisy, context = positions[:number], positions[number:]
+    full = -(log_p[noisy, batch["labels"].flatten()[noisy]] * weight[:number]).sum()
+    following = batch["input_ids"].flatten()[context + 1]
+    full = full - 0.7 * (log_p[context, following] * weight[number:]).sum()
     full.backward()
     assert full.item() == pytest.approx(loss, rel=1e-5)
     assert_equal_gradients(gradients, {name: p.grad for name, p in tiny.model.named_parameters()})
@@ -251,14 +248,16 @@ def test_distillation_takes_the_joint_loss_too(tiny):
     """The anchor's part reads the noisy tokens only; the sum is the one of both losses."""
     make = BlockDiffusionCollator(tiny.processor, tiny.config, next_token=True, anchor_block_size=2)
     batch = noised(tiny, make(samples()))
-    recipe = SWDRecipe.__new__(SWDRecipe)
-    loss_fn = DistillationLoss(kd_top_k=4)
-    recipe.__dict__.update(recipe_of(tiny).__dict__, loss_fn=loss_fn, parts=[], anchor=tiny.model, offload_anchor=False)
-    total, (diffusion, ar), _ = step(tiny, [batch], recipe)
-    ce, kd = recipe.parts[0].tolist()
+    teach = partial(anchor_top_k, tiny.model, tiny.config, k=4)
+    objective = JointObjective(SWDObjective(DistillationLoss(kd_top_k=4), teach), 0.7)
+    assert objective.part_names() == ("diffusion_loss", "ar_loss", "ce_loss", "kd_loss")
+    total, (diffusion, ar, ce, kd), _ = step(tiny, [batch], objective)
+    logged = objective.reduce(total, (diffusion, ar, ce, kd), UNIT_TOTALS)
+    assert logged.pop("loss") == pytest.approx(total, rel=1e-5)
+    assert logged == {"diffusion_loss": diffusion, "ar_loss": ar, "ce_loss": ce, "kd_loss": kd}
     assert diffusion == pytest.approx(ce + 0.5 * kd, rel=1e-5)
     assert total == pytest.approx(diffusion + 0.7 * ar, rel=1e-5)
-    _, (_, expected), _ = step(tiny, [batch], recipe_of(tiny, reduction="sum"))
+    _, (_, expected), _ = step(tiny, [batch], joint(reduction="sum"))
     assert ar == pytest.approx(expected, rel=1e-5)
 
 

@@ -131,8 +131,8 @@ class TestEveryLoss:
 def test_mixture_path_kl_needs_noisy_ids():
     with pytest.raises(ValueError, match="MixturePathKL needs noisy_ids"):
         MixturePathKL()(torch.randn(2, 4), torch.tensor([0, 1]), weight=torch.ones(2))
-    assert MixturePathKL.needs_noisy_ids
-    assert not BlockDiffusionCrossEntropy.needs_noisy_ids
+    assert MixturePathKL.path == "uniform"
+    assert BlockDiffusionCrossEntropy.path is None
 
 
 class TestTokenScale:

@@ -20,10 +20,12 @@ from nemo_bard.data.digits import make_digits
 from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.lengths import SampleSizes, measure, measured_once
 from nemo_bard.data.packing import pack_dataset, plan_packs
+from nemo_bard.method.corruption import corrupt_batch
 from nemo_bard.method.layout import PADDING
-from nemo_bard.train.config import NoiseSettings
-from nemo_bard.train.corruption import corrupt_batch
-from nemo_bard.train.pbm import PBMRecipe, StepTotals, weigh
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy
+from nemo_bard.method.objectives import PBMObjective, StepTotals
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train.pbm import PBMRecipe
 
 ROW = 8192
 
@@ -95,7 +97,7 @@ def test_pixels_are_not_read(tiny, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text(f"{line}\n{line}\n")
     data, make = JsonlDataset(tmp_path / "train.jsonl"), collator(tiny)
     expected = [len(make.encode(data[i])) for i in range(2)]
-    monkeypatch.setattr(make, "_tokenize", None)
+    monkeypatch.setattr("nemo_bard.data.collate.encode", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     assert measure(data, make).row_lengths(4).tolist() == expected
 
@@ -269,7 +271,7 @@ def test_packed_run_has_the_loss_and_gradients_of_the_unpacked_one(tiny, tmp_pat
                     "pixel_values": batch["pixel_values"].double(),
                     "output_weight": batch["output_weight"].double(),
                 }
-                for batch in (weigh(batch, "mean", totals) for batch in noised)
+                for batch in (PBMObjective(BlockDiffusionCrossEntropy()).weigh(batch, totals) for batch in noised)
             ]
             results[name] = loss_and_gradients(model, weighed)
     finally:

@@ -119,6 +119,8 @@ def test_command_line_reaches_the_recipes():
         "stage.pbm_b4.max_steps=100",
         "stage.pbm_b8.overrides.noise.name=mixed",
         "--overrides.optimizer.lr=1e-5",
+        "overrides.on_bad_sample=drop",
+        "stage.pbm_b8.overrides.on_bad_sample={action: drop, max_ratio: 0.01}",
         "data.num_workers=2",
         "keep_last=7",
     )
@@ -127,6 +129,7 @@ def test_command_line_reaches_the_recipes():
     assert (b4["step_scheduler"]["max_steps"], b8["step_scheduler"]["max_steps"]) == (100, 4000)
     assert (b4["noise"]["name"], b8["noise"]["name"]) == ("mask", "mixed")
     assert b4["optimizer"]["lr"] == b8["optimizer"]["lr"] == 1e-5
+    assert (b4["on_bad_sample"], b8["on_bad_sample"]) == ("drop", {"action": "drop", "max_ratio": 0.01})
     assert b4["dataset"] == {"_target_": "nemo_bard.data.JsonlDataset", "path": "train.jsonl", "root_dir": None}
     assert "validation_dataset" not in b4
     assert b4["dataloader"]["num_workers"] == 2

@@ -1,18 +1,20 @@
 """What a recipe file may say: every wrong key or value is one line that names it."""
 
 import copy
-import dataclasses
-import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_bard.base.paths import recipes_dir
-from nemo_bard.train import recipe_config
-from nemo_bard.train.config import NoiseSettings, validate_recipe
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train import keys
+from nemo_bard.train.config import validate_recipe
+from nemo_bard.train.settings import recipe_reference
+from nemo_bard.upstream.sections import UNKNOWN, section_keys
 
 LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
 
@@ -68,9 +70,10 @@ def test_shipped_recipe_is_accepted(raw):
         ("loss_fn.reductoin", "sum", "did you mean loss_fn.reduction?"),
         ("noise.hihg", 1.0, "unknown recipe key noise.hihg; did you mean noise.high?"),
         ("validation_noise", {"nam": "mask"}, "unknown recipe key validation_noise.nam"),
-        ("noise.name", "maks", "unknown noise 'maks'. Did you mean 'mask'?"),
-        ("noise.low", 0.0, "0 < low <= high <= 1"),
-        ("noise.low", "x", "noise.low must be a number"),
+        ("noise.name", "maks", "noise.name must be one of mask, uniform, mixed, got 'maks' (did you mean 'mask'?)"),
+        ("noise.low", 0.0, "noise.low must be in (0, 1], got 0.0"),
+        ("noise", {"low": 0.5, "high": 0.4}, "0 < low <= high <= 1"),
+        ("noise.low", "x", "noise.low must be in (0, 1], got 'x'"),
         ("noise.num_random_ids", 0, "noise.num_random_ids must be an integer >= 1"),
         ("model", ..., "the recipe needs a section 'model'"),
         ("model.block_size", 0, "model.block_size must be an integer >= 1, got 0"),
@@ -99,10 +102,14 @@ def test_shipped_recipe_is_accepted(raw):
         ),
         ("packing.max_lenght", 9, "unknown recipe key packing.max_lenght; did you mean packing.max_length?"),
         ("packing", 8192, "packing must be a section of keys, got 8192"),
-        ("packing.max_length", 0, "packing.max_length must be an integer >= 1, got 0"),
-        ("packing.max_length", "8k", "packing.max_length must be an integer >= 1, got '8k'"),
+        ("packing.max_length", 0, "packing.max_length must be an integer >= 1 or null, got 0"),
+        ("packing.max_length", "8k", "packing.max_length must be an integer >= 1 or null, got '8k'"),
         ("packing", {"max_length": 99, "cache_dir": 3}, "packing.cache_dir must be a folder or null, got 3"),
-        ("loss_fn._target_", "nemo_bard.method.MixturePathKL", "MixturePathKL needs noise.name: uniform"),
+        (
+            "loss_fn._target_",
+            "nemo_bard.method.MixturePathKL",
+            "MixturePathKL does not go with noise.name: mask (its formula holds on the path from uniform noise)",
+        ),
         ("loss_fn._target_", None, "loss_fn must have _target_"),
         ("optimizer._target_", None, "optimizer must have _target_"),
         ("optimizer.beta", 0.9, "unknown recipe key optimizer.beta; did you mean optimizer.betas?"),
@@ -111,8 +118,8 @@ def test_shipped_recipe_is_accepted(raw):
         ("noise.shedule", [], "unknown recipe key noise.shedule; did you mean noise.schedule?"),
         ("validation_noise", {"schedule": []}, "unknown recipe key validation_noise.schedule"),
         ("noise.complementary", 1, "noise.complementary must be true or false, got 1"),
-        ("ar_loss_weight", -0.1, "ar_loss_weight must be a number >= 0, got -0.1"),
-        ("ar_loss_weight", None, "ar_loss_weight must be a number >= 0, got None"),
+        ("ar_loss_weight", -0.1, "ar_loss_weight must be a finite number >= 0, got -0.1"),
+        ("ar_loss_weight", None, "ar_loss_weight must be a finite number >= 0, got None"),
         ("ar_loss_weight", 0.5, "ar_loss_weight=0.5 needs a model with context_attention: causal"),
         ("seed", "abc", "seed must be an integer, got 'abc'"),
         ("dataloader.collate_fn", None, "dataloader.collate_fn must be a section"),
@@ -175,9 +182,11 @@ def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):
     kl = changed(changed(raw, "noise.name", "uniform"), "loss_fn._target_", "nemo_bard.method.MixturePathKL")
     validate_recipe(changed(kl, "noise.schedule", [{"until": 0.5, "high": 0.5}, {"low": 0.2}]))
     phases = changed(kl, "noise.schedule", [{"until": 0.5}, {"name": "mask"}])
-    with pytest.raises(ValueError, match=r"MixturePathKL needs noise.schedule\[1\].name: uniform .* got 'mask'"):
+    with pytest.raises(
+        ValueError, match=r"MixturePathKL does not go with noise.schedule\[1\].name: mask \(its formula"
+    ):
         validate_recipe(phases)
-    with pytest.raises(ValueError, match=r"MixturePathKL needs validation_noise.name: uniform .* got 'mask'"):
+    with pytest.raises(ValueError, match=r"MixturePathKL does not go with validation_noise.name: mask \(its formula"):
         validate_recipe(changed(kl, "validation_noise", {"name": "mask"}))
 
 
@@ -203,28 +212,96 @@ def test_checking_a_recipe_imports_nothing_heavy():
     assert out.stdout.strip() == "[]"
 
 
-def test_known_keys_are_those_of_the_installed_automodel():
-    from nemo_automodel import NeMoAutoModelForImageTextToText
-    from nemo_automodel.components._peft.lora import PeftConfig
-    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
-    from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
-    from nemo_automodel.components.distributed.config import FSDP2Config
-    from nemo_automodel.components.optim.optimizer import LRSchedulerConfig
-    from nemo_automodel.components.training.step_scheduler import StepSchedulerConfig
-    from nemo_automodel.components.utils.model_utils import FreezeConfig
+UNUSED = {
+    "compile": ({"enabled": True}, "use distributed.enable_compile: true"),
+    "fp8": ({"enabled": True}, "would replace the LM head"),
+    "quantization": ({"load_in_4bit": True}, "use peft on the weights as they are"),
+    "packed_sequence": ({"pack_size": 9}, "use packing.max_length"),
+    "mtp": ({"x": 1}, "see ar_loss_weight"),
+    "model.quantization_config": ({"load_in_4bit": True}, "use peft on the weights as they are"),
+    "model.use_liger_kernel": (True, "model.use_liger_kernel does nothing"),
+    "distributed.sequence_parallel": (True, "tensor parallelism only"),
+    "distributed.tp_plan": ("base", "tensor parallelism only"),
+    "distributed.enable_async_tensor_parallel": (True, "tensor parallelism only"),
+    "distributed.pipeline": ({"pp_schedule": "1f1b"}, "pp_size > 1 only"),
+    "distributed.moe": ({"wrap_outer_model": False}, "mixtures of experts"),
+    "distributed.patch_is_packed_sequence": (True, "flash attention only"),
+    "prewarm.fla_gdn_autotune": (True, "gated delta nets"),
+    "prewarm.mamba_ssd_autotune": (True, "Mamba layers"),
+    "prewarm.pipeline_stage_compile": (True, "pipeline stages"),
+    "peft.moe_rank_scaling": (True, "mixtures of experts"),
+    "peft.expert_weight_format": ("mxfp4", "mixtures of experts"),
+    "freeze_config.freeze_audio_tower": (True, "no audio tower"),
+    "freeze_config.freeze_video_embedder": (True, "use freeze_modules"),
+    "checkpoint.model_cache_dir": ("cache", "model.cache_dir; set that"),
+    "checkpoint.model_repo_id": ("a/b", "model.pretrained_model_name_or_path; set that"),
+    "checkpoint.is_peft": (True, "true with a section peft"),
+    "checkpoint.model_state_dict_keys": (["a"], "is not read"),
+    "checkpoint.dequantize_base_checkpoint": (True, "is not read"),
+    "checkpoint.skip_task_head_prefixes_for_base_model": (["a"], "is not read"),
+    "checkpoint.legacy_paramwrapper_layout": (True, "mixtures of experts"),
+    "step_scheduler.loss_average_window_steps": (10, "logs no average"),
+}
 
-    known = recipe_config.SECTION_KEYS
 
-    def fields(cls):
-        return {field.name for field in dataclasses.fields(cls)}
+def with_key(raw, dotted, value):
+    """The recipe with a key, its section having what it needs besides."""
+    needed = {"peft": LORA, "freeze_config": {"freeze_vision_tower": True}, "prewarm": {}}
+    section = dotted.split(".")[0]
+    if "." in dotted and section in needed:
+        raw = changed(raw, section, dict(needed[section]))
+    return changed(raw, dotted, value)
 
-    assert set(known["step_scheduler"]) == fields(StepSchedulerConfig) | {"local_batch_size"}
-    assert set(known["lr_scheduler"]) == fields(LRSchedulerConfig) | {"_target_"}
-    assert set(known["checkpoint"]) == fields(CheckpointingConfig) | {"restore_from"}
-    assert set(known["freeze_config"]) == fields(FreezeConfig)
-    unknown = {"moe_rank_scaling", "expert_weight_format"}  # of mixtures of experts
-    assert set(known["peft"]) == fields(PeftConfig) - unknown | {"_target_"}
-    assert fields(FSDP2Config) <= set(known["distributed"])
-    assert set(known["dataloader"]) - {"_target_", "collate_fn"} <= fields(VlmDataloaderConfig)
-    accepted = inspect.signature(NeMoAutoModelForImageTextToText.from_pretrained).parameters
-    assert {"attn_implementation", "torch_dtype", "use_liger_kernel", "use_sdpa_patching"} <= set(accepted)
+
+def test_every_key_that_does_nothing_is_tried():
+    assert UNUSED.keys() == keys.UNUSED.keys()
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_a_key_that_does_nothing_is_refused_with_what_to_use_instead(raw, key):
+    value, message = UNUSED[key]
+    with pytest.raises(ValueError, match=f"^{key} [^\n]*, got [^\n]*$") as caught:
+        validate_recipe(with_key(raw, key, value))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_its_default_asks_for_nothing(raw, key):
+    section, _, name = key.partition(".")
+    for value in (None, section_keys()[section][name] if name else {"enabled": False}):
+        validate_recipe(with_key(raw, key, value if value is not UNKNOWN else None))
+
+
+def test_what_automodel_sets_itself_may_be_said(raw):
+    raw = changed(raw, "peft", LORA)
+    validate_recipe(changed(raw, "checkpoint.is_peft", True))
+    validate_recipe(changed(raw, "checkpoint.model_repo_id", raw["model"]["pretrained_model_name_or_path"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other", "good"),
+    [
+        ("distributed.fsdp2_forward_prefetch_depth", 2, "distributed.enable_fsdp2_prefetch", True),
+        ("distributed.fsdp2_backward_prefetch_depth", 1, "distributed.enable_fsdp2_prefetch", True),
+        ("distributed.activation_checkpointing_scope", "vision", "distributed.activation_checkpointing", True),
+        ("checkpoint.wait_for_staging", True, "checkpoint.is_async", True),
+        ("dataloader.prefetch_factor", 4, "dataloader.num_workers", 2),
+    ],
+)
+def test_a_key_that_needs_another(raw, key, value, other, good):
+    with pytest.raises(ValueError, match=f"^{key}={value!r} needs {other}"):
+        validate_recipe(changed(raw, key, value))
+    validate_recipe(changed(changed(raw, key, value), other, good))
+
+
+@pytest.mark.parametrize(
+    ("section", "target"), [("lr_scheduler", "torch.optim.lr_scheduler.StepLR"), ("distributed", "my.DDPManager")]
+)
+def test_a_target_that_automodel_drops(raw, section, target):
+    with pytest.raises(ValueError, match=f"^{section}._target_ is not read: AutoModel builds .*, got {target}$"):
+        validate_recipe(changed(raw, f"{section}._target_", target))
+
+
+def test_the_reference_of_our_keys_is_current():
+    text = (Path(__file__).parents[2] / "docs" / "recipe_keys.md").read_text()
+    assert text == recipe_reference(), "write it with python -m nemo_bard.train.settings > docs/recipe_keys.md"

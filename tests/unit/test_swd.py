@@ -13,7 +13,8 @@ import yaml
 from nemo_bard.base.paths import recipes_dir
 from nemo_bard.method.layout import NOISY, PADDING, TokenIds, attention_mask, sample_layout
 from nemo_bard.method.losses import DistillationLoss
-from nemo_bard.train.config import NoiseSettings, validate_recipe
+from nemo_bard.method.schedule import NoiseSettings
+from nemo_bard.train.config import validate_recipe
 
 LENGTH, RESPONSES = 61, [(5, 8), (12, 31), (40, 56)]  # of 3, 19 and 16 tokens
 
@@ -234,7 +235,7 @@ def test_shipped_recipe_is_accepted(raw):
         (
             "loss_fn",
             {"_target_": "nemo_bard.method.MixturePathKL"},
-            "must be nemo_bard.method.DistillationLoss|needs noise",
+            "must be nemo_bard.method.DistillationLoss|does not go with noise",
         ),
         (
             "loss_fn",
@@ -295,7 +296,7 @@ class TestAnchorInBatches:
             assert -(-int(text.sum()) // 4) * 4 == len(inside)
 
     def test_at_least_one_token_is_masked(self, batch):
-        from nemo_bard.train.corruption import NoiseContext, corrupt_batch
+        from nemo_bard.method.corruption import NoiseContext, corrupt_batch
 
         clean, _, config = batch
         for minimum, level in ((1, 1e-6), (3, 1e-6), (10**6, 0.5), (1, 1.0)):

@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
     check_checkpoint(args.model, args.dtype, block_diffusion=True)
     if find_spec("matplotlib") is None:
         raise ValueError("drawing the curve needs matplotlib; run `pip install matplotlib`")
+    from nemo_bard.data.readers import open_dataset
     from nemo_bard.evaluation import calibrate
-    from nemo_bard.evaluation.evaluate import load_dataset, resolve_scorer
+    from nemo_bard.evaluation.evaluate import resolve_scorer
     from nemo_bard.evaluation.responder import load_checkpoint
 
     goal = calibrate.Goal(tolerance=args.tolerance, objective=args.objective, baseline=args.baseline)
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         strategies=args.strategies if args.strategies is not None else calibrate.SWEPT_STRATEGIES,
     )
     check_output(args.output, overwrite=args.overwrite)
-    dataset = load_dataset(args.data, limit=args.limit)
+    dataset = open_dataset(args.data, limit=args.limit)
     scorer = resolve_scorer(args.scorer, dataset)
 
     import torch

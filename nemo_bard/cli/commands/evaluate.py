@@ -43,13 +43,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 def run(args: argparse.Namespace) -> int:
     """Check the input, then load, evaluate, print and write."""
     check_checkpoint(args.model, args.dtype)
-    from nemo_bard.evaluation.evaluate import evaluate, load_dataset, resolve_scorer
+    from nemo_bard.data.readers import open_dataset
+    from nemo_bard.evaluation.evaluate import evaluate, resolve_scorer
     from nemo_bard.evaluation.responder import load_checkpoint
 
     config = options.read_generation_config(args.model, options.given_settings(args), device=args.device)
     if args.output is not None:
         options.writable_file(args.output, overwrite=args.overwrite)
-    dataset = load_dataset(args.data, limit=args.limit)
+    dataset = open_dataset(args.data, limit=args.limit)
     scorer = resolve_scorer(args.scorer, dataset)
 
     import torch

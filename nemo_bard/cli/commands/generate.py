@@ -57,7 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without the model, the cheapest first, then load it and answer."""
-    from nemo_bard.evaluation.batch import make_conversation, open_media
+    from nemo_bard.data.conversation import open_media
+    from nemo_bard.evaluation.batch import make_conversation
 
     check_combination(args)
     check_checkpoint(args.model, args.dtype, block_diffusion=True)
@@ -109,7 +110,8 @@ def answer_one(args: argparse.Namespace, config: BardGenerationConfig, conversat
     """Answer ``--prompt``."""
     import torch
 
-    from nemo_bard.evaluation.responder import answers_of, encode_prompts, load_checkpoint
+    from nemo_bard.data.encode import encode_prompts
+    from nemo_bard.evaluation.responder import answers_of, load_checkpoint
 
     torch.manual_seed(args.seed)
     model, processor = load_checkpoint(args.model, device=args.device, dtype=args.dtype)
@@ -148,7 +150,7 @@ def make_streamer(tokenizer: Any) -> Any:
 
 def check_media(conversation: list[dict[str, Any]]) -> None:
     """Raise ValueError for a file that is missing or no image, and for a video that nothing installed can read."""
-    from nemo_bard.evaluation.batch import media_of
+    from nemo_bard.data.conversation import media_of
 
     for item in media_of(conversation):
         item.check()
@@ -193,7 +195,8 @@ def _answer_batches(args: argparse.Namespace, prompts: list[PromptLine], done: i
     import torch
     from tqdm import tqdm
 
-    from nemo_bard.evaluation.batch import append_lines, open_media
+    from nemo_bard.data.conversation import open_media
+    from nemo_bard.evaluation.batch import append_lines
 
     with tqdm(total=len(prompts), initial=done, desc="generating", unit="prompt", disable=None) as bar:
         for start in range(done, len(prompts), args.batch_size):

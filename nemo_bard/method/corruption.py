@@ -1,4 +1,4 @@
-"""Noise of a training batch: a pure function of (seed, epoch, sample index)."""
+"""Noise of a training batch: a pure function of (seed, epoch, sample index); torch only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_bard.data.collate import IGNORE_INDEX
-from nemo_bard.method.layout import NOISY, PADDING
-from nemo_bard.method.noise import complement, make_noise, sample_generator
-from nemo_bard.train.config import NoiseSettings
+from nemo_bard.method.layout import IGNORE_INDEX, NOISY, PADDING
+from nemo_bard.method.noise import sample_generator
+from nemo_bard.method.schedule import NoiseSettings
 
 PADDING_WEIGHT = 0.5
 """Loss weight of response padding relative to text: BARD doubles ``t`` there, and the weight is ``1 / t``."""
@@ -48,7 +47,7 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
         ``[N, L]`` float32: ``1 / t``, half on padding, 0 outside noisy tokens. ``labels`` are ``-100`` where the loss
         does not count.
     """
-    noise, levels = make_noise(settings.name), settings.levels()
+    noise, levels = settings.noise, settings.levels()
     input_ids = batch["input_ids"].clone()
     loss_mask = torch.zeros_like(batch["padding_mask"])
     t = torch.ones(input_ids.shape)
@@ -78,7 +77,7 @@ def corrupt_batch(batch: dict[str, Any], settings: NoiseSettings, context: Noise
             input_ids[row, places] = result.noisy_ids
             loss_mask[row, places] = result.loss_mask
             if second is not None:
-                other = complement(input_ids[row, second], result, mask_token_id=context.mask_token_id)
+                other = noise.complement(input_ids[row, second], result, mask_token_id=context.mask_token_id)
                 t[row, second] = (1 - t[row, places]).clamp_min(levels.low)
                 input_ids[row, second], loss_mask[row, second] = other.noisy_ids, other.loss_mask
         missing = settings.min_masked - int(loss_mask[row, inside].sum())
@@ -110,8 +109,12 @@ def without_samples(batch: dict[str, Any], repeated: set[int]) -> dict[str, Any]
         repeated: Slots (places of samples in the microbatch, as in ``batch["slots"]``) that must not count.
 
     Returns:
-        The batch, in which the tokens of those samples belong to nobody and ``num_samples`` leaves them out.
+        The batch, in which the tokens of those samples belong to nobody and ``num_samples`` leaves them out, as does
+        ``rejects``.
     """
+    if not repeated:
+        return batch
+    batch = {**batch, "rejects": [bad for bad in batch["rejects"] if bad.slot not in repeated]}
     out = [number for number, slot in enumerate(batch["slots"]) if slot in repeated]
     if not out:
         return batch
