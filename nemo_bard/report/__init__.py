@@ -1,1 +1,5 @@
 """Reports and pictures of runs and answers."""
+
+from nemo_bard.base.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, {})
