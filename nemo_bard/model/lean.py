@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nemo_bard.upstream.torch import become
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -102,4 +104,4 @@ def slim(model: nn.Module, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
     lean = {kind: type(kind.__name__, (mixin, kind), {}) for mixin, kind in ((LeanNorm, norm), (LeanMLP, mlp))}
     for module in model.modules():
         if type(module) in lean:
-            module.__class__ = lean[type(module)]
+            become(module, lean[type(module)])

@@ -28,6 +28,7 @@ from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.method.chunked import OutputHead
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.lean import slim
+from nemo_bard.upstream.torch import become
 from nemo_bard.upstream.transformers import attn_implementation
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
-        self.lm_head.__class__ = OutputHead  # the same parameters, initialised as Qwen3-VL does
+        become(self.lm_head, OutputHead)  # the same parameters, initialised as Qwen3-VL does
         if config.text_config.hidden_act == "silu":
             slim(self.model.language_model, Qwen3VLTextRMSNorm, Qwen3VLTextMLP)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_bard.upstream.touched import Touched
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _read = partial(Touched, version="torch 2.12.1")
 TOUCHED = (
@@ -29,6 +29,12 @@ TOUCHED = (
         reason="CUDA graphs record writes to the cache only if its address is known not to change",
         until="torch.compiler has it",
         parameters="t, guard",
+    ),
+    _read(
+        "torch.nn.Linear.forward",
+        reason="the LM head that Qwen3-VL builds becomes one that takes a function in the place of its product",
+        until="transformers' models take the class of their head",
+        parameters="self, input",
     ),
     Touched(
         "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader._iterator",
@@ -86,6 +92,17 @@ def mark_static_address(tensor: Tensor) -> None:
     import torch._dynamo
 
     torch._dynamo.mark_static_address(tensor)
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module that is built the methods of a subclass of its class; parameters and their names stay.
+
+    Raises:
+        TypeError: If ``kind`` derives from another class.
+    """
+    if not issubclass(kind, type(module)):
+        raise TypeError(f"{kind.__name__} is no subclass of {type(module).__name__}")
+    module.__class__ = kind
 
 
 class _IgnoreSignals:

@@ -187,3 +187,20 @@ def test_reports_of_failed_targets_are_held_back(capsys):
     with pytest.raises(ValueError, match="does not exist"):
         node.instantiate()
     assert "JsonlDataset" in "".join(capsys.readouterr()), "upstream prints again"
+
+
+def test_a_module_becomes_one_of_a_subclass_only():
+    import torch
+    from torch import nn
+
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    expected, names = 2 * layer(x), dict(layer.named_parameters())
+    torch_room.become(layer, Doubled)
+    assert torch.equal(layer(x), expected)
+    assert dict(layer.named_parameters()) == names
+    with pytest.raises(TypeError, match="Linear is no subclass of Doubled"):
+        torch_room.become(layer, nn.Linear)
