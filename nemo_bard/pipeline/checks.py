@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_bard.base.files import LOCK, read_json
 from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.method.layout import check_anchor_block_size
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.evaluation import open_samples
@@ -200,7 +201,8 @@ def check_run_dir(job: Job) -> None:
     """
     identity = read_json(job.run_dir / manifest.IDENTITY)
     if identity is None:
-        own = (job.run_dir / LOCK, Path(job.launch.get("folder", LOCK)).absolute())
+        launcher = LAUNCHERS.get(job.launch.name)()
+        own = (job.run_dir / LOCK, *launcher.state_folders(job.launch))
         strangers = [p.name for p in job.run_dir.iterdir() if p not in own] if job.run_dir.is_dir() else []
         if strangers:
             raise ValueError(f"run_dir {job.run_dir} holds {strangers[0]} and is no run of a pipeline; use another")

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.paths import find_recipe
-from nemo_bard.launch.local import COMMON_KEYS, LAUNCHERS, MODES, PREEMPTION_SIGNALS
+from nemo_bard.base.settings import from_mapping
+from nemo_bard.launch.exits import PREEMPTION_SIGNALS
+from nemo_bard.launch.launchers import LAUNCHERS, LaunchSettings
 from nemo_bard.train.recipe_file import read_yaml
 
 KEYS = (
@@ -93,7 +95,7 @@ class Job:
     allow_version_change: bool
     evaluation: dict[str, Any]
     model: dict[str, Any]
-    launch: dict[str, Any]
+    launch: LaunchSettings
     config: dict[str, Any]
     """The composed configuration."""
 
@@ -146,7 +148,7 @@ def make_job(config: Mapping[str, Any]) -> Job:
         allow_version_change=config["allow_version_change"],
         evaluation=config["evaluation"],
         model=config["model"],
-        launch=config["launch"],
+        launch=_launch_settings(config["launch"]),
         config=dict(config),
     )
 
@@ -160,18 +162,13 @@ def _check_sections(config: Mapping[str, Any]) -> None:
     for key in ("limit", "batch_size", "pictures"):
         if config["evaluation"][key] is not None:
             _count(f"evaluation.{key}", config["evaluation"][key], least=0 if key == "pictures" else 1)
-    launch = config["launch"]
-    if launch.get("name") not in LAUNCHERS:
-        raise ValueError(f"launch.name must be one of {', '.join(LAUNCHERS)}, got {launch.get('name')!r}")
-    _check_keys("launch", launch, (*COMMON_KEYS, *LAUNCHERS[launch["name"]].keys))
-    if launch["mode"] not in MODES:
-        near = difflib.get_close_matches(str(launch["mode"]), MODES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"launch.mode must be one of {', '.join(MODES)}, got {launch['mode']!r}{hint}")
-    for key in ("timeout_minutes", "grace_seconds"):
-        _count(f"launch.{key}", launch[key])
-    if launch["processes"] is not None:
-        _count("launch.processes", launch["processes"])
+
+
+def _launch_settings(section: Mapping[str, Any]) -> LaunchSettings:
+    launcher = LAUNCHERS.get(section.get("name"))
+    settings = from_mapping(launcher.Settings, section, "launch")
+    launcher().check(settings)
+    return settings
 
 
 def _make_stage(

@@ -19,7 +19,8 @@ import yaml
 from nemo_bard.base.console import allow_all_lines, keep_to_own_lines
 from nemo_bard.base.files import locked, read_json, write_json, write_text, write_whole
 from nemo_bard.checkpoints.folder import read_model_type
-from nemo_bard.launch.local import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
+from nemo_bard.launch.exits import EXIT_PREEMPTED, note_complete, note_progress, under_torchrun
+from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.pipeline import checks, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
@@ -62,7 +63,7 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
-        if under_torchrun() and words.stage is None and job.launch["mode"] == "per_stage":
+        if under_torchrun() and words.stage is None and job.launch.mode == "per_stage":
             raise ValueError("launch.mode=per_stage starts a torchrun for each stage itself; run it without torchrun")
         return cls(job, only=words.stage)
 
@@ -83,7 +84,7 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
-        launcher = LAUNCHERS[job.launch["name"]]
+        launcher = LAUNCHERS.get(job.launch.name)()
         if words.cfg:
             sys.stdout.write(describe(job))
             sys.stdout.flush()
@@ -110,7 +111,7 @@ class Pipeline:
         die_with_launcher()
         self.world.stop.install()
         keep_to_own_lines()
-        self.world.connect(self.job.launch["timeout_minutes"])
+        self.world.connect(self.job.launch.timeout_minutes)
         self.world.on_main(self._take)
 
     def _take(self) -> None:

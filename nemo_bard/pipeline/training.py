@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import read_json, sync_tree, write_json
-from nemo_bard.launch.local import PREEMPTION_SIGNALS, note_progress
+from nemo_bard.launch.exits import PREEMPTION_SIGNALS, note_progress
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import World

@@ -7,7 +7,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from nemo_bard.launch.local import EXIT_PREEMPTED, EXIT_USER_ERROR, supervise
+from nemo_bard.base.errors import EXIT_USER_ERROR
+from nemo_bard.launch.exits import EXIT_PREEMPTED
+from nemo_bard.launch.torchrun import supervise
 from nemo_bard.pipeline.world import StopSignal
 
 

@@ -203,7 +203,7 @@ def test_chain_of_a_users_own_as_in_the_documentation(tmp_path, monkeypatch):
         (["stage.pbm_b4.recipe=pmb"], "did you mean 'pbm'?"),
         (
             ["launch.mode=one_jop"],
-            "launch.mode must be one of one_job, per_stage, got 'one_jop'; did you mean one_job?",
+            "launch.mode must be one of one_job, per_stage, got 'one_jop' (did you mean 'one_job'?)",
         ),
         (["overrides.checkpoint.checkpoint_dir=x"], "overrides.checkpoint.checkpoint_dir: the chain sets this key"),
         (["order=[swd_b32]", "stage.swd_b32.anchor=null"], "needs a start"),
