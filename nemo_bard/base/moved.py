@@ -56,7 +56,7 @@ MODULES = {
     "train.cpu_compat": "upstream.cpu",
     "train.recipe_config": "train.config",
     "video": "data.video",
-    "visualize": "report.trace",
+    "visualize": "report",
     "visualize_gif": "report.gif",
     "visualize_page": "report.page",
     "visualize_picture": "report.picture",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_bard.base.registry import Registry
-from nemo_bard.base.settings import check_settings, choice, integer, setting, text
+from nemo_bard.base.settings import check_settings, choice, integer, setting
 
 MODES = ("one_job", "per_stage")
 

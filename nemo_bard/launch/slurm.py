@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_bard.base.errors import EXIT_USER_ERROR, nearest
 from nemo_bard.base.settings import Check, check_settings, flag, integer, setting
