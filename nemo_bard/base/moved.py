@@ -30,7 +30,7 @@ MODULES = {
     "collate": "data.collate",
     "commands": "cli.commands",
     "configuration": "model",
-    "console": "base.console",
+    "console": "upstream.console",
     "decode": "generation.decode",
     "demo": "cli.demo",
     "digits": "data.digits",

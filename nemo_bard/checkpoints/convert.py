@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bard.base.files import link_or_copy, write_whole
+from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE, SOURCE_MODEL_CLASS, SOURCE_MODEL_TYPE
 from nemo_bard.checkpoints.folder import (
     WEIGHTS_INDEX,
     check_target,
     copy_companions,
     read_header,
-    read_json,
+    read_object,
     weight_files,
 )
 from nemo_bard.method.layout import check_block_size, check_context_attention
-from nemo_bard.upstream.transformers import MODEL_CLASS, MODEL_TYPE
 
-SOURCE_ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-SOURCE_MODEL_TYPE = "qwen3_vl"
 QWEN3_VL_MASK_TOKEN_ID = 151671
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>"
@@ -137,13 +135,13 @@ def read_source_config(source: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{source}: no such folder; SRC must be the folder of a Qwen3-VL checkpoint")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source}: has no config.json; SRC must be the folder of a Qwen3-VL checkpoint")
-    config = read_json(source / "config.json")
+    config = read_object(source / "config.json")
     model_type, architectures = config.get("model_type"), config.get("architectures")
-    if model_type != SOURCE_MODEL_TYPE or architectures not in (None, [SOURCE_ARCHITECTURE]):
+    if model_type != SOURCE_MODEL_TYPE or architectures not in (None, [SOURCE_MODEL_CLASS]):
         name = ", ".join(architectures) if isinstance(architectures, list) else "no architectures"
         raise ValueError(
             f"{source / 'config.json'}: architecture {name} (model_type {model_type!r}) cannot be converted; "
-            f"allowed: {SOURCE_ARCHITECTURE} (model_type {SOURCE_MODEL_TYPE!r})"
+            f"allowed: {SOURCE_MODEL_CLASS} (model_type {SOURCE_MODEL_TYPE!r})"
         )
     for section in ("text_config", "vision_config"):
         if not isinstance(config.get(section), dict):
@@ -236,7 +234,7 @@ def write_generation_config(source: Path, folder: Path) -> None:
     from nemo_bard.generation.settings import BardGenerationConfig
 
     path = source / "generation_config.json"
-    pad_token_id = read_json(path).get("pad_token_id") if path.is_file() else None
+    pad_token_id = read_object(path).get("pad_token_id") if path.is_file() else None
     BardGenerationConfig(pad_token_id=pad_token_id).save_pretrained(folder)
 
 

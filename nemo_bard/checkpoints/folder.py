@@ -9,7 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.upstream.transformers import MODEL_TYPE
+from nemo_bard.base.folders import CONFIG, read_model_type, read_object
+from nemo_bard.base.names import MODEL_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -29,27 +30,6 @@ COMPANIONS = (
 """Files that travel with a checkpoint unchanged; ``chat_template*`` may be a folder of templates."""
 
 
-def read_model_type(path: str | Path) -> str:
-    """Return ``model_type`` of a checkpoint folder.
-
-    Raises:
-        ValueError: If it is no folder, has no readable ``config.json``, or holds another architecture.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model folder {folder} has no config.json; a BARD or Qwen3-VL checkpoint folder is needed")
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a model configuration ({error})") from error
-    if model_type not in ("bard_vl", "qwen3_vl"):
-        raise ValueError(f"{file}: model_type is {model_type!r}, allowed are bard_vl, qwen3_vl")
-    return model_type
-
-
 def check_checkpoint(path: str | Path, dtype: str = "auto", *, block_diffusion: bool = False) -> str:
     """Check what a command is to load.
 
@@ -67,20 +47,9 @@ def check_checkpoint(path: str | Path, dtype: str = "auto", *, block_diffusion: 
     model_type = read_model_type(path)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if block_diffusion and model_type != "bard_vl":
+    if block_diffusion and model_type != MODEL_TYPE:
         raise ValueError(f"{path} is an autoregressive Qwen3-VL folder; make a BARD one with `nemo-bard convert`")
     return model_type
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; ValueError if it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -94,8 +63,8 @@ def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{target}: exists; give --overwrite or another DST")
     if target.is_symlink() or not target.is_dir():
         raise FileExistsError(f"{target}: is no folder; --overwrite replaces only a BARD checkpoint or an empty folder")
-    config = target / "config.json"
-    is_bard = config.is_file() and read_json(config).get("model_type") == MODEL_TYPE
+    config = target / CONFIG
+    is_bard = config.is_file() and read_object(config).get("model_type") == MODEL_TYPE
     if any(target.iterdir()) and not is_bard:
         raise FileExistsError(f"{target}: is no BARD checkpoint; --overwrite replaces only one or an empty folder")
 
@@ -103,7 +72,7 @@ def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
 def weight_files(source: Path) -> list[str]:
     """Return the names of the safetensors files, in order, each present and with a header that fits its size."""
     if (source / WEIGHTS_INDEX).is_file():
-        weight_map = read_json(source / WEIGHTS_INDEX).get("weight_map")
+        weight_map = read_object(source / WEIGHTS_INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{source / WEIGHTS_INDEX}: weight_map: missing or empty")
         names = sorted(set(weight_map.values()))

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_bard.base.files import write_whole
+from nemo_bard.base.folders import check_model_type
+from nemo_bard.base.names import MODEL_TYPE
 from nemo_bard.checkpoints.folder import (
     WEIGHTS_INDEX,
     check_target,
     copy_companions,
     read_header,
-    read_json,
+    read_object,
     weight_files,
 )
-from nemo_bard.upstream.transformers import MODEL_TYPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ def read_adapters(checkpoint: Path) -> Adapters:
     """
     folder = find_adapters(Path(checkpoint))
     file = folder / ADAPTER_CONFIG
-    config = read_json(file)
+    config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}, allowed is 'LORA'")
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
@@ -167,11 +168,8 @@ def merge(
         raise FileNotFoundError(
             f"base {base}: has no config.json; name the checkpoint that the adapters were trained on"
         )
-    config = read_json(base / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"{base / 'config.json'}: model_type is {config.get('model_type')!r}, allowed is {MODEL_TYPE!r}"
-        )
+    config = read_object(base / "config.json")
+    check_model_type(config, base / "config.json", [MODEL_TYPE])
     check_target(base, target, overwrite=overwrite)
     shards = weight_files(base)
     names = {name for shard in shards for name in read_header(base / shard) if name != "__metadata__"}
@@ -226,7 +224,7 @@ def _update_size(folder: Path, shards: list[str]) -> None:
     file = folder / WEIGHTS_INDEX
     if not file.is_file():
         return
-    index = read_json(file)
+    index = read_object(file)
     sizes = (
         tensor["data_offsets"][1] - tensor["data_offsets"][0]
         for shard in shards

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nemo_bard import __version__
-from nemo_bard.upstream.transformers import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
+from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
+from nemo_bard.upstream import automodel
 
 OK, WARNING, BROKEN = "ok", "warning", "broken"
 DISTRIBUTION = "nemo-bard"
@@ -217,8 +218,7 @@ def check_architecture_registered() -> Check:
     """Check that NeMo AutoModel can be imported and resolves the architecture to our class."""
     name = "architecture"
     try:
-        registry = importlib.import_module("nemo_automodel._transformers.registry").ModelRegistry
-        found = registry.get_model_cls_from_model_arch(MODEL_CLASS)
+        found = automodel.model_class_of(MODEL_CLASS)
         module = importlib.import_module("nemo_bard.model.modeling")
     except KeyError:
         return Check(name, BROKEN, f"NeMo AutoModel does not know {MODEL_CLASS}", REINSTALL)

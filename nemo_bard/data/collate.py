@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from nemo_bard.method.layout import CONTEXT, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
+from nemo_bard.upstream.transformers import rope_index
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,6 @@ def _without_pixels(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image"} if part["type"] == "image" else part
 
 
-class _RopeIndex(Qwen3VLModel):
-    """Qwen3-VL's position computation without the model's weights."""
-
-    def __init__(self, config: BardVLConfig) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-
-
 def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
     """Stack 1-D tensors, filled with ``value`` on the right up to ``length``."""
     out = torch.full((len(rows), length), value, dtype=rows[0].dtype)
@@ -228,7 +220,7 @@ class BlockDiffusionCollator:
         self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
         self.max_row_length = max_row_length or max_length
         self.noisy_copies, self.next_token = noisy_copies, next_token
-        self._rope_index = _RopeIndex(config)
+        self._rope_index = rope_index(config)
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
 
@@ -371,7 +363,7 @@ class BlockDiffusionCollator:
     def _positions(self, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """M-RoPE positions ``[3, S]`` of a conversation, by Qwen3-VL's own function."""
         kinds = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
-        positions, _ = self._rope_index.get_rope_index(
+        positions, _ = self._rope_index(
             ids[None],
             mm_token_type_ids=kinds[None],
             image_grid_thw=inputs.get("image_grid_thw"),

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_bard.base.console import hush
 from nemo_bard.base.errors import EXIT_USER_ERROR
 from nemo_bard.launch.exits import EXIT_PREEMPTED, FORWARDED_SIGNALS, PREEMPTION_SIGNALS
+from nemo_bard.upstream.console import hush
 
 
 def count_processes(requested: int | None) -> int:

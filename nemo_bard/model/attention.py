@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from nemo_bard.upstream.torch import cpu_attention, cpu_attention_backward
+
 NAME = "bard"
 MAX_FOLDED_QUERIES = 128
 STRIP_QUERIES = 256
@@ -166,15 +168,10 @@ class _StripAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, strips: list[_Strip], scale: float) -> Tensor:
         """``[N, H, L, D]`` from the same, and ``[N, Hkv, L, D]``."""
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, log_sums = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2), []
         for strip in strips:
-            part, log_sum = attend(
-                query[:, :, strip.queries],
-                strip.gather(key),
-                strip.gather(value),
-                attn_mask=strip.mask,
-                scale=scale,
+            part, log_sum = cpu_attention(
+                query[:, :, strip.queries], strip.gather(key), strip.gather(value), strip.mask, scale
             )
             out[:, :, strip.queries] = part
             log_sums.append(log_sum)
@@ -187,22 +184,13 @@ class _StripAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of keys and values are summed over the strips that see them."""
         query, key, value, out, *log_sums = ctx.saved_tensors
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         query_grad = torch.empty_like(query)
         key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
         for strip, log_sum in zip(ctx.strips, log_sums, strict=True):
             rows = strip.queries
-            of_query, of_key, of_value = attend(
-                grad[:, :, rows],
-                query[:, :, rows],
-                strip.gather(key),
-                strip.gather(value),
-                out[:, :, rows],
-                log_sum,
-                0.0,
-                False,
-                attn_mask=strip.mask,
-                scale=ctx.scale,
+            inputs = (query[:, :, rows], strip.gather(key), strip.gather(value))
+            of_query, of_key, of_value = cpu_attention_backward(
+                grad[:, :, rows], inputs, out[:, :, rows], log_sum, strip.mask, ctx.scale
             )
             query_grad[:, :, rows] = of_query
             strip.add_to(key_grad, of_key)

@@ -5,7 +5,6 @@ Architecture and weight names are Qwen3-VL's; only what differs is here.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -23,15 +22,16 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.generation.generate import generate
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.method.chunked import OutputHead
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.lean import slim
+from nemo_bard.upstream.transformers import attn_implementation
 
 logger = logging.getLogger(__name__)
 
-SOURCE_MODEL_TYPES = ("qwen3_vl", "bard_vl")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -117,7 +117,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
             isinstance(attention_mask, Tensor)
             and attention_mask.ndim == 4
             and attention_mask.dtype == torch.bool
-            and self.config.text_config._attn_implementation == "eager"
+            and attn_implementation(self.config.text_config) == "eager"
         ):
             raise ValueError(
                 'attn_implementation="eager" adds a bool attention_mask as 0/1 and gives wrong results; use "sdpa"'
@@ -221,18 +221,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
 def check_checkpoint_folder(path: str | os.PathLike) -> None:
     """Raise ValueError if ``path`` is a local folder that holds no Qwen3-VL or Bard-VL checkpoint; hub ids pass."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{folder} has no config.json; a Qwen3-VL or Bard-VL checkpoint folder is needed")
-    try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    if model_type not in SOURCE_MODEL_TYPES:
-        raise ValueError(f"{config_file}: model_type is {model_type!r}, allowed are {', '.join(SOURCE_MODEL_TYPES)}")
+    if Path(path).is_dir():
+        read_model_type(path)
 
 
 AutoConfig.register(BardVLConfig.model_type, BardVLConfig, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import LOCK, read_json
-from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.method.layout import check_anchor_block_size
 from nemo_bard.pipeline import manifest

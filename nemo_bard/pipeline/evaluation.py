@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import read_json, write_json
-from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import Preempted, World

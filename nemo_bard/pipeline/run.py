@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from nemo_bard.base.console import allow_all_lines, keep_to_own_lines
 from nemo_bard.base.files import locked, read_json, write_json, write_text, write_whole
-from nemo_bard.checkpoints.folder import read_model_type
+from nemo_bard.base.folders import read_model_type
 from nemo_bard.launch.exits import EXIT_PREEMPTED, note_complete, note_progress, under_torchrun
 from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.pipeline import checks, compare, manifest
@@ -28,6 +27,7 @@ from nemo_bard.pipeline.job import Job, Stage, make_job
 from nemo_bard.pipeline.training import final_export, train
 from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
 from nemo_bard.report.run import duration, write_report
+from nemo_bard.upstream.console import allow_all_lines, keep_to_own_lines
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from nemo_bard.pipeline.job import Job, Stage
 from nemo_bard.pipeline.world import World
 from nemo_bard.report.run import duration
 from nemo_bard.train.recipe_file import load_config, load_recipe_class
+from nemo_bard.upstream import automodel
+from nemo_bard.upstream.torch import shield_workers, stop_workers
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def train(stage: Stage, job: Job, world: World) -> bool:
     recipe = recipe_class(config)
     try:
         recipe.setup()
-        shield_workers(recipe)
+        for loader in loaders_of(recipe):
+            shield_workers(loader, PREEMPTION_SIGNALS)
         if world.should_stop():
             return False
         Watch(recipe, stage, world).start()
@@ -109,23 +110,18 @@ class Watch:
 
     def start(self) -> None:
         """Put the methods in between."""
-        lifecycle = self.recipe.checkpointer.lifecycle
-        publish, save = lifecycle.publish, self.recipe.save_checkpoint
-        lifecycle.publish = lambda path, **kwargs: (self.settle(path), publish(path, **kwargs))[1]
-        self.recipe.save_checkpoint = lambda *args, **kwargs: (self.saving(), save(*args, **kwargs), self.saved())[1]
+        automodel.before_publication(self.recipe, self.settle)
+        automodel.around_saving(self.recipe, self.saving, self.saved)
         if not self.is_main:
             return
-        make_bar, log = self.recipe._make_progress_bar, self.recipe.log_train_metrics
         self.draws = sys.stderr.isatty()
-        self.recipe._make_progress_bar = lambda *args, **kwargs: (
-            titled(make_bar(*args, **kwargs), self.stage.name) if self.draws else None
-        )
-        self.recipe.log_train_metrics = lambda sample: (log(sample), self.step(sample))[0]
+        automodel.set_progress_bar(self.recipe, self.stage.name if self.draws else None)
+        automodel.after_step(self.recipe, self.step)
         self.write(None)
 
     def saved(self) -> None:
-        """Look for a signal: upstream (0.7.0) does so only at steps that are no checkpoint steps otherwise."""
-        _ = self.recipe.step_scheduler.sigterm_received
+        """Look for a signal, which every checkpoint step has to do."""
+        automodel.look_for_signal(self.recipe)
         if self.is_main:
             note_progress()
 
@@ -191,36 +187,10 @@ class Watch:
         )
 
 
-class _IgnoreSignals:
-    """A ``worker_init_fn`` that ignores preemption signals before it calls another."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        for name in PREEMPTION_SIGNALS:
-            signal.signal(signal.Signals[name], signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker_id)
-
-
-def shield_workers(recipe: Any) -> None:
-    """Keep workers of data loaders alive when a signal goes to all processes of a job.
-
-    torchrun (2.12) signals the whole process group of a worker, Slurm every process of a step. A data loader's worker dies
-    of SIGTERM, which makes its owner raise in the middle of the checkpoint that the signal asked for.
-    """
-    for name in ("dataloader", "val_dataloader"):
-        loader = getattr(recipe, name, None)
-        if loader is not None:
-            loader.worker_init_fn = _IgnoreSignals(loader.worker_init_fn)
-
-
-def titled(bar: Any, name: str) -> Any:
-    """Give upstream's progress bar (rank 0 only) the name of the stage."""
-    if bar is not None:
-        bar.set_description(name)
-    return bar
+def loaders_of(recipe: Any) -> list[Any]:
+    """The data loaders that a recipe has."""
+    loaders = (getattr(recipe, name, None) for name in ("dataloader", "val_dataloader"))
+    return [loader for loader in loaders if loader is not None]
 
 
 def resident_gib() -> float:
@@ -240,15 +210,9 @@ def teardown(recipe: Any) -> None:
     Upstream never releases its signal handler (0.7.0), workers of data loaders live as long as their iterator, and
     optimizer states and hooks hold each other in cycles.
     """
-    if handler := getattr(getattr(recipe, "step_scheduler", None), "sig_handler", None):
-        handler.release()
-    for name in ("dataloader", "val_dataloader"):
-        loader = getattr(recipe, name, None)
-        iterator = getattr(loader, "_iterator", None)
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-        if iterator is not None:
-            loader._iterator = None
+    automodel.release_signals(recipe)
+    for loader in loaders_of(recipe):
+        stop_workers(loader)
     for optimizer in getattr(recipe, "optimizer", None) or []:
         optimizer.state.clear()
         optimizer.param_groups.clear()

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.upstream import automodel
+
 if TYPE_CHECKING:
     from nemo_automodel.components.config.loader import ConfigNode
 
@@ -110,12 +112,10 @@ def _translate(key: str, value: Any) -> Any:
 
 def load_config(config_path: Path, overrides: list[tuple[str, str]]) -> ConfigNode:
     """Return what NeMo AutoModel hands to a recipe; ValueError if a name in it cannot be imported."""
-    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-
     import nemo_bard.model.attention  # noqa: F401  (NeMo AutoModel's own recipes may ask for attn_implementation: bard)
 
     try:
-        return parse_args_and_load_config(str(config_path), [f"--{key}={text}" for key, text in overrides])
+        return automodel.load_config(str(config_path), [f"--{key}={text}" for key, text in overrides])
     except ImportError as error:
         raise ValueError(f"{config_path}: {error}") from error
 
@@ -148,19 +148,10 @@ def report_unexpected_only(user_errors: tuple[type[Exception], ...]) -> Iterator
     It prints signature, arguments and traceback for every exception before raising it again; wrong input has to end as
     one line instead, so the text is written only for errors that are not the user's.
     """
-    from nemo_automodel.components.config import loader
-
-    held: list[str] = []
-
-    def hold(*values: object, **_: object) -> None:
-        held.append(" ".join(map(str, values)))
-
-    loader.print = hold
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, user_errors):
-            sys.stderr.write("\n".join(held) + "\n")
-        raise
-    finally:
-        del loader.print
+    with automodel.hold_back_instantiation_reports() as held:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, user_errors):
+                sys.stderr.write("\n".join(held) + "\n")
+            raise

@@ -1,25 +1,113 @@
-"""Tell transformers about ``bard_vl`` without importing transformers' models (they cost seconds).
+"""What we touch of transformers. Nothing is imported here before it is used.
 
-transformers keeps lazy tables: model type -> class name -> module that holds the class. ``import nemo_bard`` adds our
-rows to these tables, with the lazy package ``nemo_bard`` as the module, as soon as the tables exist: at once if they
-are loaded already, otherwise right after their modules have been executed. ``AutoConfig`` and
-``AutoModelForImageTextToText`` then resolve our classes on first use. ``nemo_bard.model.modeling`` registers through
-transformers' public functions as well, which take precedence once it is imported.
+``install`` tells transformers about ``bard_vl`` without importing transformers' models (they cost seconds). transformers
+keeps lazy tables: model type -> class name -> module that holds the class. ``import nemo_bard`` adds our rows to these
+tables, with the lazy package ``nemo_bard`` as the module, as soon as the tables exist: at once if they are loaded already,
+otherwise right after their modules have been executed. ``AutoConfig`` and ``AutoModelForImageTextToText`` then resolve our
+classes on first use. ``nemo_bard.model.modeling`` registers through transformers' public functions as well, which take
+precedence once it is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-MODEL_TYPE = "bard_vl"
-CONFIG_CLASS = "BardVLConfig"
-MODEL_CLASS = "BardVLForConditionalGeneration"
+from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
+from nemo_bard.upstream.touched import Touched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
 CONFIG_TABLES = "transformers.models.auto.configuration_auto"
 MODEL_TABLES = "transformers.models.auto.modeling_auto"
+_QWEN = "transformers.models.qwen3_vl.modeling_qwen3_vl"
+
+_read = partial(Touched, version="transformers 5.18.0")
+_row = partial(
+    _read,
+    reason="a row for bard_vl, so that AutoConfig and AutoModel find our classes without importing a model first",
+    until="transformers finds classes of other packages by an entry point",
+)
+TOUCHED = (
+    _row(f"{CONFIG_TABLES}.CONFIG_MAPPING._mapping"),
+    _row(f"{CONFIG_TABLES}.CONFIG_MAPPING._modules"),
+    _row(f"{MODEL_TABLES}.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._model_mapping"),
+    _row(f"{MODEL_TABLES}.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._reverse_config_mapping"),
+    _row(f"{MODEL_TABLES}.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING._modules"),
+    _row("transformers.models.auto.auto_factory._LazyAutoMapping"),
+    _read(
+        "transformers.PreTrainedConfig._attn_implementation",
+        reason="says which attention backend a model was loaded with",
+        until="transformers has a public reader for it",
+    ),
+    _read(
+        "transformers.PreTrainedConfig._attn_implementation_internal",
+        reason="set for a while, so that decoding uses the backend `bard` whatever the model was loaded with",
+        until="a backend can be chosen per call",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLModel.get_rope_index",
+        reason="M-RoPE positions of a training row, computed where there is no model",
+        until="transformers has it as a function of the configuration",
+        parameters="self, input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask, **kwargs",
+        source="self.config.vision_config.spatial_merge_size",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLTextRMSNorm.forward",
+        reason="replaced in training by one that keeps less for the backward pass",
+        until="transformers keeps no more than that itself",
+        parameters="self, hidden_states",
+        source="return self.weight * hidden_states.to(input_dtype)",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLTextRMSNorm.variance_epsilon",
+        reason="a setting of the norm that is replaced",
+        until="as its forward",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLTextMLP.forward",
+        reason="replaced in training by one that keeps less for the backward pass",
+        until="transformers keeps no more than that itself",
+        parameters="self, x",
+        source="self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+    ),
+)
+"""What this module and ``model`` touch; ``docs/decisions.md`` says why there is a room for it."""
+
+
+def attn_implementation(config: PreTrainedConfig) -> str | None:
+    """The name of the attention backend that a model with this configuration uses."""
+    return config._attn_implementation
+
+
+@contextlib.contextmanager
+def attention_backend(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Use the attention backend ``name`` for a while; not for two threads at once."""
+    before = config._attn_implementation
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
+def rope_index(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Qwen3-VL's ``get_rope_index``, which computes M-RoPE positions, without the weights of the model that it belongs to."""
+    from torch import nn
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+
+    model: Any = Qwen3VLModel.__new__(Qwen3VLModel)
+    nn.Module.__init__(model)
+    model.config = config
+    return model.get_rope_index
 
 
 def _add_config(tables: ModuleType) -> None:

@@ -74,8 +74,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_models() -> None:
     """Write the start point ``b8`` and an anchor ``b4`` with other weights and another size."""
-    from nemo_bard.cli import main
     from nemo_bard.tiny import make_tiny_qwen3_vl
+
+    from nemo_bard.cli import main
 
     # Larger weights than the default, so that attention, and with it the mask, counts for something.
     text = {"initializer_range": 0.1}

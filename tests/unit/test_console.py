@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from nemo_bard.base import console
+from nemo_bard.upstream import automodel, console
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +45,16 @@ def test_debugging_shows_everything(monkeypatch, caplog):
 
 def test_modules_that_print_are_kept_quiet_and_let_go(capsys):
     console.keep_to_own_lines()
-    for name in console.PRINTING:
+    for name in automodel.PRINTING:
         importlib.import_module(name).print("recipe: ...", flush=True)
     assert capsys.readouterr().out == ""
     console.allow_all_lines()
-    for name in console.PRINTING:
+    for name in automodel.PRINTING:
         assert not hasattr(importlib.import_module(name), "print")
 
 
 def test_upstream_still_prints_there():
     import inspect
 
-    for name in console.PRINTING:
+    for name in automodel.PRINTING:
         assert "print(" in inspect.getsource(importlib.import_module(name)), f"{name} need not be kept quiet any more"

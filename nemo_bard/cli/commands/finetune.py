@@ -17,7 +17,6 @@ import argparse
 import os
 from pathlib import Path
 
-from nemo_bard.base.console import hush
 from nemo_bard.base.paths import find_recipe
 from nemo_bard.cli.commands import USER_ERRORS
 from nemo_bard.launch.exits import under_torchrun
@@ -29,6 +28,7 @@ from nemo_bard.train.recipe_file import (
     parse_overrides,
     report_unexpected_only,
 )
+from nemo_bard.upstream.console import hush
 
 ACCEPTS_OVERRIDES = True
 

@@ -1,14 +1,15 @@
 """What the console shows of other packages: their warnings about what cannot be helped stay out, all others stay in.
 
-``NEMO_BARD_DEBUG=1`` shows everything. Standard library only, so that it can be called before anything is imported.
+``NEMO_BARD_DEBUG=1`` shows everything. Importing it imports no other package, so that it can be called before any is.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import warnings
+
+from nemo_bard.upstream import automodel
 
 WARNINGS = (
     "Transformer Engine and Apex are not installed",  # megatron-fsdp, not used here
@@ -30,12 +31,6 @@ RECORDS = {
     ),  # "has failed to shut down": others were faster
 }
 """Name of a logger -> beginnings of its warnings."""
-PRINTING = (
-    "nemo_automodel.components.config._arg_parser",
-    "nemo_automodel.components.distributed.init_utils",
-    "nemo_automodel.recipes.base_recipe",
-)
-"""Modules of NeMo AutoModel (0.7.0) that print an account of what they do, the whole recipe included."""
 
 
 def debugging() -> bool:
@@ -74,16 +69,10 @@ def keep_to_own_lines() -> None:
     if debugging():
         return
     logging.disable(logging.INFO)
-    for name in PRINTING:
-        importlib.import_module(name).print = _to_log
+    automodel.stop_printing()
 
 
 def allow_all_lines() -> None:
     """Undo ``keep_to_own_lines``."""
     logging.disable(logging.NOTSET)
-    for name in PRINTING:
-        vars(importlib.import_module(name)).pop("print", None)
-
-
-def _to_log(*values: object, **_: object) -> None:
-    logging.getLogger(__name__).info(" ".join(map(str, values)))
+    automodel.resume_printing()

@@ -1,0 +1,12 @@
+"""The names under which transformers and NeMo AutoModel know our classes."""
+
+from __future__ import annotations
+
+MODEL_TYPE = "bard_vl"
+CONFIG_CLASS = "BardVLConfig"
+MODEL_CLASS = "BardVLForConditionalGeneration"
+SOURCE_MODEL_TYPE = "qwen3_vl"
+"""What ``convert`` makes a BARD checkpoint of."""
+SOURCE_MODEL_CLASS = "Qwen3VLForConditionalGeneration"
+MODEL_TYPES = (SOURCE_MODEL_TYPE, MODEL_TYPE)
+"""What commands load."""

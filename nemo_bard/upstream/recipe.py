@@ -1,0 +1,137 @@
+"""NeMo AutoModel's VLM recipe and input pipeline, with public names for what ours override and call of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
+from nemo_automodel.components.distributed.config import DistributedSetup
+from nemo_automodel.components.loggers.metric_logger import MetricsSample
+from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM
+from torch import Tensor
+
+from nemo_bard.upstream import cpu
+from nemo_bard.upstream.automodel import load_config, to_device
+
+
+class VLMRecipe(FinetuneRecipeForVLM):
+    """AutoModel's VLM recipe. What it calls by a private name calls the public one here, which a recipe may override."""
+
+    def distributed_setup_of_config(self) -> DistributedSetup:
+        """Build what AutoModel knows about ranks, shards and precision; called by ``setup``."""
+        return super()._create_distributed_setup()
+
+    def train_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
+        """Run one optimizer step.
+
+        Args:
+            batches: Its microbatches on this rank.
+            max_grad_norm: Where gradients are clipped, nowhere if None.
+
+        Returns:
+            What is to be logged of it.
+        """
+        return super()._run_train_optim_step(batches, max_grad_norm)
+
+    def microbatch(
+        self, index: int, batch: dict[str, Any], *, losses: list[Tensor], num_batches: int, is_train: bool = True
+    ) -> None:
+        """Run forward and, in training, backward of one microbatch.
+
+        Args:
+            index: Its number in the step.
+            batch: The microbatch, on any device.
+            losses: Gets its loss.
+            num_batches: Microbatches of the step.
+            is_train: Whether gradients are wanted.
+        """
+        raise NotImplementedError
+
+    def validate(self, loader: Any) -> MetricsSample:
+        """Run over a validation set; returns what is to be logged of it."""
+        return super()._run_validation_epoch(loader)
+
+    def sum_over_ranks(self, tensor: Tensor, *, context_parallel: bool = False) -> Tensor:
+        """Sum a tensor over the data-parallel ranks; it comes back on the CPU where there are several.
+
+        Args:
+            tensor: Any shape, the same on all ranks.
+            context_parallel: Whether ranks that share a sequence count too.
+        """
+        return self._dp_allreduce(tensor, include_cp=context_parallel)
+
+    def num_data_ranks(self, *, context_parallel: bool = False) -> int:
+        """Number of data-parallel ranks."""
+        return self._get_dp_group_size(include_cp=context_parallel)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the forward runs."""
+        return self._autocast_context()
+
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A microbatch with its tensors on this rank's device."""
+        return {key: to_device(value, self.dist_env.device) for key, value in batch.items()}
+
+    def _create_distributed_setup(self) -> DistributedSetup:
+        cpu.normalise_device(self.dist_env)
+        return self.distributed_setup_of_config()
+
+    def _run_train_optim_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
+        return self.train_step(batches, max_grad_norm)
+
+    def _forward_backward_step(
+        self,
+        idx: int,
+        batch: dict[str, Any],
+        *,
+        loss_buffer: list[Tensor],
+        num_label_tokens: int | None,
+        num_batches: int,
+        is_train: bool = True,
+    ) -> None:
+        del num_label_tokens
+        self.microbatch(idx, batch, losses=loss_buffer, num_batches=num_batches, is_train=is_train)
+
+    def _run_validation_epoch(self, val_dataloader: Any) -> MetricsSample:
+        return self.validate(val_dataloader)
+
+
+@dataclass
+class PlannedDataloaderConfig(VlmDataloaderConfig):
+    """AutoModel's input pipeline whose data set becomes another one right after it is built, on the first rank first."""
+
+    plan: Callable[[Any, Any], Any] | None = None
+    """From data set and processor to the data set that samplers see."""
+
+    @classmethod
+    def from_config(cls, config: VlmDataloaderConfig, plan: Callable[[Any, Any], Any]) -> PlannedDataloaderConfig:
+        """The same pipeline, planned."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, plan=plan)
+
+    def _build_source(
+        self,
+        *,
+        pretrained_model_name_or_path: str,
+        dp_rank: int,
+        dp_world_size: int,
+        dataset_build_context: AbstractContextManager[object] | None,
+    ) -> tuple[Any, Any]:
+        assert self.plan is not None
+        with dataset_build_context or nullcontext():
+            dataset, processor = super()._build_source(
+                pretrained_model_name_or_path=pretrained_model_name_or_path,
+                dp_rank=dp_rank,
+                dp_world_size=dp_world_size,
+                dataset_build_context=None,
+            )
+            return self.plan(dataset, processor), processor
+
+
+def run_main(recipe_class: type[FinetuneRecipeForVLM], config_path: str | None) -> None:
+    """Run a recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
+    recipe = recipe_class(load_config(config_path))
+    recipe.setup()
+    recipe.run_train_validation_loop()

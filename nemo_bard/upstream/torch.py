@@ -1,0 +1,124 @@
+"""What we touch of PyTorch and torchdata. Nothing is imported here before it is used."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nemo_bard.upstream.touched import Touched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_read = partial(Touched, version="torch 2.12.1")
+TOUCHED = (
+    _read(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        reason="attention in strips needs the logarithms of the sums that its backward takes",
+        until="a public CPU kernel returns them, or flex_attention has a backward on CPU",
+    ),
+    _read(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+        reason="the backward of one strip",
+        until="as its forward",
+    ),
+    _read(
+        "torch._dynamo.mark_static_address",
+        reason="CUDA graphs record writes to the cache only if its address is known not to change",
+        until="torch.compiler has it",
+        parameters="t, guard",
+    ),
+    Touched(
+        "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader._iterator",
+        reason="a loader keeps its iterator, and the iterator its worker processes, until both are collected",
+        until="loaders have a public way to close",
+        version="torchdata 0.11.0",
+    ),
+    Touched(
+        "torchdata.stateful_dataloader.stateful_dataloader._StatefulMultiProcessingDataLoaderIter._shutdown_workers",
+        reason="ends the worker processes of a stage before the next one starts",
+        until="loaders have a public way to close",
+        parameters="self",
+        version="torchdata 0.11.0",
+    ),
+    _read(
+        "torch.utils.data.DataLoader.worker_init_fn",
+        reason="workers that NeMo AutoModel's loaders start have to ignore the signals of the job",
+        until="NeMo AutoModel's dataloader section takes a worker_init_fn",
+    ),
+)
+"""What this module touches; ``docs/decisions.md`` says why there is a room for it."""
+
+
+def cpu_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend with the CPU kernel that autograd would call.
+
+    Args:
+        query: ``[N, H, Q, D]``.
+        key: ``[N, Hkv, K, D]``.
+        value: ``[N, Hkv, K, D]``.
+        mask: 0 and -inf, ``[N, 1, Q, K]``.
+        scale: Factor on the scores.
+
+    Returns:
+        ``[N, H, Q, D]``, and the logarithms of the sums, which the backward takes.
+    """
+    import torch
+
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, attn_mask=mask, scale=scale)
+
+
+def cpu_attention_backward(
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor, log_sums: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from the gradient of what ``cpu_attention`` gave for these ``inputs``."""
+    import torch
+
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return attend(grad, *inputs, out, log_sums, 0.0, False, attn_mask=mask, scale=scale)
+
+
+def mark_static_address(tensor: Tensor) -> None:
+    """Promise the compiler that a tensor stays where it is."""
+    import torch._dynamo
+
+    torch._dynamo.mark_static_address(tensor)
+
+
+class _IgnoreSignals:
+    """A ``worker_init_fn`` that ignores signals before it calls another."""
+
+    def __init__(self, names: tuple[str, ...], then: Callable[[int], None] | None) -> None:
+        self.names, self.then = names, then
+
+    def __call__(self, worker_id: int) -> None:
+        for name in self.names:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def shield_workers(loader: Any, signals: Iterable[str]) -> None:
+    """Keep the workers of a data loader alive when signals go to all processes of a job.
+
+    torchrun (2.12) signals the whole process group of a worker, Slurm every process of a step. A data loader's worker dies
+    of SIGTERM, which makes its owner raise in the middle of the checkpoint that the signal asked for.
+
+    Args:
+        loader: A data loader whose workers have not started.
+        signals: Names such as ``SIGTERM``.
+    """
+    loader.worker_init_fn = _IgnoreSignals(tuple(signals), loader.worker_init_fn)
+
+
+def stop_workers(loader: Any) -> None:
+    """End the worker processes of a data loader, which live as long as its iterator otherwise."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is None:
+        return
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    loader._iterator = None
