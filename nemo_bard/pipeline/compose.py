@@ -162,7 +162,7 @@ def _compose(config_dirs: list[Path], overrides: list[str], *, resolve: bool = F
         config = hydra_compose("config", overrides=[f"hydra.searchpath=[{path}]", *overrides])
         composed = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
     assert isinstance(composed, dict)
-    return composed
+    return {str(key): value for key, value in composed.items()}
 
 
 def dotted_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -19,8 +19,8 @@ from nemo_bard.pipeline.world import Preempted, World
 logger = logging.getLogger(__name__)
 
 
-class Share(Sequence):
-    """Every ``count``-th sample of a data set; raises ``Preempted`` once a signal has come."""
+class Share(Sequence[Any]):
+    """Every ``count``-th sample of a data set, by its number; raises ``Preempted`` once a signal has come."""
 
     def __init__(self, dataset: Any, first: int, count: int, total: int, world: World) -> None:
         self._dataset, self._world = dataset, world
@@ -29,7 +29,7 @@ class Share(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if self._world.stop.received:
             raise Preempted
         return self._dataset[self._indices[index]]
@@ -56,9 +56,10 @@ def decoding(folder: Path | None, settings: EvaluationSettings) -> Any:
     """Decoding settings: a folder's own, with those of the pipeline on top."""
     from nemo_bard.generation.settings import BardGenerationConfig
 
-    known = folder is not None and read_model_type(folder) == "bard_vl"
-    base = BardGenerationConfig.from_pretrained(folder) if known else BardGenerationConfig()
-    return base.updated(**settings.generation)
+    base: Any = BardGenerationConfig()
+    if folder is not None and read_model_type(folder) == "bard_vl":
+        base = BardGenerationConfig.from_pretrained(folder)
+    return base.updated(**(settings.generation or {}))
 
 
 def request(job: Job, content: str) -> str:

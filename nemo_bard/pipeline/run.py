@@ -83,7 +83,7 @@ class Pipeline:
         job = make_job(compose(words))
         launcher = LAUNCHERS.get(job.launch.name)()
         if words.cfg:
-            sys.stdout.write(render(job))
+            sys.stdout.write(job_as_yaml(job))
             sys.stdout.flush()
             checks.check_chain(job)
             checks.check_world(job, launcher.world_size(job.launch, processes))
@@ -239,7 +239,7 @@ def take_run_dir(job: Job) -> None:
     write_text(job.run_dir / manifest.COMPOSED, dump(job.config))
 
 
-def render(job: Job) -> str:
+def job_as_yaml(job: Job) -> str:
     """The composed job and every stage's final recipe as one YAML stream (``--cfg``)."""
     parts = [f"# job {job.name}: the composed configuration\n{dump(job.config)}"]
     for index, stage in enumerate(job.stages, 1):

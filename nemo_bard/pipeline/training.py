@@ -217,8 +217,9 @@ def teardown(recipe: Any) -> None:
         optimizer.state.clear()
         optimizer.param_groups.clear()
     for name in ("metric_logger_train", "metric_logger_valid", "checkpointer"):
-        if hasattr(closable := getattr(recipe, name, None), "close"):
-            closable.close()
+        close = getattr(getattr(recipe, name, None), "close", None)
+        if close is not None:
+            close()
     if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()
     if (mlflow := sys.modules.get("mlflow")) is not None and mlflow.active_run() is not None:

@@ -12,7 +12,7 @@ from nemo_bard.pipeline import checks
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import merge
 from nemo_bard.pipeline.job import make_job
-from nemo_bard.pipeline.run import render
+from nemo_bard.pipeline.run import job_as_yaml
 
 PUBLISHED = {
     "bard_2b": "Qwen/Qwen3-VL-2B-Instruct",
@@ -139,12 +139,12 @@ def test_environment_variables_of_a_recipe_are_left_to_automodel(tmp_path):
     (tmp_path / "mine.yaml").write_text((recipes_dir() / "pbm.yaml").read_text() + "wandb: {project: '${WHO,x}'}\n")
     chain = job("bard_b32", f"stage.pbm_b4.recipe={tmp_path / 'mine.yaml'}")
     assert chain.stage("pbm_b4").recipe["wandb"] == {"project": "${WHO,x}"}
-    assert "${WHO,x}" in render(chain)
+    assert "${WHO,x}" in job_as_yaml(chain)
 
 
 def test_cfg_prints_the_job_and_every_final_recipe():
     chain = job()
-    parts = list(yaml.safe_load_all(render(chain)))
+    parts = list(yaml.safe_load_all(job_as_yaml(chain)))
     assert parts[0]["order"] == [stage.name for stage in chain.stages]
     assert parts[2:] == [stage.recipe for stage in chain.stages[1:]]
 

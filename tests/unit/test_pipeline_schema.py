@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from nemo_bard.base.paths import conf_dir, recipes_dir
-from nemo_bard.base.settings import reference
+from nemo_bard.base.settings import integer, reference, setting
+from nemo_bard.launch.launchers import LAUNCHERS, Launcher, LaunchSettings
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import STAGE_KINDS, make_job
 from nemo_bard.pipeline.schema import ChainSettings, EvaluationSettings, ModelSettings
@@ -170,3 +171,25 @@ def test_a_settings_class_that_hydra_cannot_read_is_named():
 
     with pytest.raises(ValueError, match=r"^stage.x: .*Odd: .*"):
         register(Schema({"": ChainSettings, "stage.x": Odd}))
+
+
+def test_a_launcher_from_outside_has_typed_settings(tmp_path, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class DrySettings(LaunchSettings):
+        hosts: list[str] = setting(factory=list, help="machines")
+        rounds: int = setting(1, integer(), "how often")
+
+    class DryLauncher(Launcher):
+        Settings = DrySettings
+
+    (tmp_path / "conf" / "launch").mkdir(parents=True)
+    (tmp_path / "conf" / "launch" / "dry.yaml").write_text("name: dry\nhosts: [a, b]\n")
+    monkeypatch.chdir(tmp_path)
+    LAUNCHERS.register("dry", DryLauncher)
+    try:
+        launch = make_job(composed("launch=dry", "launch.rounds=2")).launch
+        assert launch == DrySettings(name="dry", hosts=["a", "b"], rounds=2)
+        with pytest.raises(ValueError, match=r"launch.rounds must be an integer >= 1, got 'x'"):
+            composed("launch=dry", "launch.rounds=x")
+    finally:
+        LAUNCHERS.unregister("dry")

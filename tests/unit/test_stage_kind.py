@@ -12,7 +12,7 @@ from torch import tensor
 from nemo_bard.pipeline import Pipeline, Stage
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import STAGE_KINDS, make_job
-from nemo_bard.pipeline.run import render
+from nemo_bard.pipeline.run import job_as_yaml
 
 PACKAGE = '''
 """A package of somebody else's."""
@@ -149,7 +149,7 @@ def test_a_setting_that_came_later_is_as_if_it_had_been_there(installed, chain):
 def test_its_settings_are_typed_checked_and_shown(installed, chain):
     first = job_of("stage.first.factor=0.5").stage("first")
     assert (first.settings.factor, first.settings.times, first.inputs) == (0.5, 1, {"init": "start"})
-    assert yaml.safe_load(render(job_of()).split("---\n")[1])["factor"] == 3
+    assert yaml.safe_load(job_as_yaml(job_of()).split("---\n")[1])["factor"] == 3
     for word, line in (
         (
             "stage.first.tiems=2",
