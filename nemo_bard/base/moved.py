@@ -58,7 +58,7 @@ MODULES = {
     "train.joint": "method.objectives",
     "train.recipe_config": "train.config",
     "video": "data.video",
-    "visualize": "report.trace",
+    "visualize": "report",
     "visualize_gif": "report.gif",
     "visualize_page": "report.page",
     "visualize_picture": "report.picture",

@@ -90,7 +90,12 @@ def choice(
 
 
 def setting(
-    default: Any = dataclasses.MISSING, check: Check | None = None, help: str = "", *, flag: bool = True
+    default: Any = dataclasses.MISSING,
+    check: Check | None = None,
+    help: str = "",
+    *,
+    flag: bool = True,
+    factory: Callable[[], Any] | None = None,
 ) -> Any:
     """A dataclass field.
 
@@ -99,8 +104,12 @@ def setting(
         check: What it may be.
         help: One line for users.
         flag: Whether it is an option of the command line.
+        factory: Makes the default, where that is a list or a dictionary.
     """
-    return dataclasses.field(default=default, metadata={"check": check, "help": help, "flag": flag})
+    metadata = {"check": check, "help": help, "flag": flag}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(values: Any, section: str = "") -> None:
@@ -167,8 +176,8 @@ def reference(fields: Iterable[dataclasses.Field[Any]]) -> str:
         if check is None:
             continue
         allowed = ", ".join(f"`{name}`" for name in check.choices()) if check.choices else check.allowed
-        required = field.default is dataclasses.MISSING
-        default = "required" if required else f"`{'null' if field.default is None else field.default}`"
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = "required" if value is dataclasses.MISSING else f"`{'null' if value is None else value}`"
         null = " or null" if check.optional else ""
         rows.append(f"| `{field.name}` | {default} | {allowed}{null} | {field.metadata['help']} |")
     return "\n".join(rows)

@@ -131,7 +131,8 @@ def answer_one(args: argparse.Namespace, config: BardGenerationConfig, conversat
             f" {answer.num_tokens / total:.1f} tokens/s, {total:.2f} s ({phases})\n"
         )
     if args.visualize is not None:
-        from nemo_bard.report.trace import make_trace, write_visualization
+        from nemo_bard.report.trace import make_trace
+        from nemo_bard.report.visualize import write_visualization
 
         trace = make_trace(output, processor.tokenizer, conversation=conversation)
         write_visualization(trace, args.visualize)
