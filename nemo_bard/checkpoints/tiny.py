@@ -102,7 +102,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         A tokenizer whose ids run from the text tokens over ``SPECIAL_TOKENS`` to ``ADDED_TOKENS`` without a gap.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import Qwen2TokenizerFast
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate(alphabet)}
@@ -117,9 +117,9 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    fast = Qwen2TokenizerFast(
+    fast = Qwen2Tokenizer(
         tokenizer_object=tokenizer,
-        unk_token=None,
+        unk_token=None,  # pyright: ignore[reportArgumentType]
         bos_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -267,7 +267,7 @@ def make_tiny_qwen3_vl(
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``python -m nemo_bard.checkpoints.tiny``; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m nemo_bard.checkpoints.tiny", description=make_tiny_qwen3_vl.__doc__.split("\n")[0]
+        prog="python -m nemo_bard.checkpoints.tiny", description="Write a tiny Qwen3-VL checkpoint with random weights."
     )
     parser.add_argument("out", help="folder to write, must not hold files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")

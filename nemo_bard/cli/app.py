@@ -12,7 +12,8 @@ import os
 import sys
 
 from nemo_bard import __version__
-from nemo_bard.cli.commands import COMMANDS, EXIT_USER_ERROR, USER_ERRORS
+from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, one_line
+from nemo_bard.cli.commands import COMMANDS
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -54,15 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith((".yaml", ".yml")):
-        return forward([sys.argv[0], *argv])
+        return forward([sys.argv[0], *argv]) or 0
     try:
         return run_command(argv)
     except USER_ERRORS as error:
         if os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"error: {rank}{message}\n")
+        sys.stderr.write(f"error: {rank}{one_line(error)}\n")
         return EXIT_USER_ERROR
     except OSError as error:
         if error.errno not in FULL_DISK or os.environ.get("NEMO_BARD_DEBUG") == "1":

@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, one_line
 from nemo_bard.base.paths import find_recipe
-from nemo_bard.cli.commands import EXIT_USER_ERROR, USER_ERRORS
 from nemo_bard.report.run import markdown_table, read_run, score_rows, scores_of, training_rows
 
 STAGES = ("source", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32")
@@ -65,7 +65,10 @@ def summary(output: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_bard.cli.demo", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_bard.cli.demo",
+        description="The whole way on one machine: trains a tiny model on handwritten digits.",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder for everything (default: runs/demo)"
     )
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         say(f"\n{summary(args.output)}\n{(time.perf_counter() - start) / 60:.1f} minutes")
     except USER_ERRORS as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return EXIT_USER_ERROR
     return 0
 

@@ -23,8 +23,19 @@ DISTRIBUTION = "nemo-bard"
 HOOK_FILE = "nemo_bard_automodel.pth"
 ENTRY_POINT_GROUP = "nemo_automodel.architectures"
 REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
-REPORTED = ("torch", "torchvision", "transformers", "nemo-automodel", "triton", "hydra-core", "megatron-core")
-OPTIONAL = {"megatron-core": "pip install 'nemo-bard[mixture]'", "triton": "comes with CUDA builds of torch"}
+REPORTED = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "nemo-automodel",
+    "triton",
+    "hydra-core",
+    "omegaconf",
+    "megatron-core",
+    "qwen-vl-utils",
+    "av",
+)
+OPTIONAL = {"triton": "comes with CUDA builds of torch"}
 
 
 class Check(NamedTuple):

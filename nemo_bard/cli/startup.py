@@ -30,7 +30,7 @@ def add_command(app: ModuleType) -> None:
 
         return automodel()
 
-    app.main = main
+    vars(app)["main"] = main
 
 
 class _Loader(Loader):

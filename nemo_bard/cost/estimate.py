@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.upstream.transformers import text_section, vision_section
+
 if TYPE_CHECKING:
     from transformers import Qwen3VLConfig
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 GIB = 2**30
 CHUNK_TOKENS = 256  # chunked.DEFAULT_CHUNK_TOKENS, that of GPUs; importing it would import torch
@@ -65,16 +68,31 @@ class Parameters:
         return self.embedding + self.head + self.layers + self.vision
 
 
+def attention_widths(text: Qwen3VLTextConfig) -> tuple[int, int]:
+    """Width of the queries of all heads, and of the keys."""
+    return text.num_attention_heads * text.head_dim, (
+        text.num_key_value_heads or text.num_attention_heads
+    ) * text.head_dim
+
+
+def patch_pixels(vision: Qwen3VLVisionConfig) -> int:
+    """Pixels of a patch, over the frames that share it."""
+    side, frames = vision.patch_size, vision.temporal_patch_size
+    if not isinstance(side, int) or not isinstance(frames, int):
+        raise ValueError(f"vision_config: patch_size {side!r} and temporal_patch_size {frames!r} must be integers")
+    return frames * side**2
+
+
 def count_parameters(config: Qwen3VLConfig) -> Parameters:
     """Count a Qwen3-VL model's parameters from its configuration, exactly."""
-    text, vision = config.text_config, config.vision_config
+    text, vision = text_section(config), vision_section(config)
     h, inter = text.hidden_size, text.intermediate_size
-    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    q, kv = attention_widths(text)
     layer = 2 * h * q + 2 * h * kv + 3 * h * inter + 2 * text.head_dim + 2 * h
     v, vi, out = vision.hidden_size, vision.intermediate_size, vision.out_hidden_size
     merged = v * vision.spatial_merge_size**2
     block = 4 * v + (3 * v * v + 3 * v) + (v * v + v) + (2 * v * vi + vi + v)
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patch = vision.in_channels * patch_pixels(vision)
     mlp = merged * merged + merged + merged * out + out
     deepstack = len(vision.deepstack_visual_indexes) * (2 * merged + mlp)
     tower = patch * v + v + vision.num_position_embeddings * v + vision.depth * block + 2 * v + mlp + deepstack
@@ -158,7 +176,7 @@ def training_flops(
         length**2 if dense_attention else visible_pairs(*sample, block_size)
         for length, sample in zip(lengths, samples, strict=True)
     )
-    patches = image_tokens * config.vision_config.spatial_merge_size**2
+    patches = image_tokens * vision_section(config).spatial_merge_size ** 2
     return row_flops(config, tokens=sum(lengths), pairs=pairs, supervised=supervised, frames=[patches] * len(samples))
 
 
@@ -174,15 +192,14 @@ def row_flops(
         supervised: Tokens at which the LM head runs.
         frames: Patches of each image, or of each frame of a video.
     """
-    text, vision = config.text_config, config.vision_config
-    h, q = text.hidden_size, text.num_attention_heads * text.head_dim
-    kv = text.num_key_value_heads * text.head_dim
+    text, vision = text_section(config), vision_section(config)
+    h, (q, kv) = text.hidden_size, attention_widths(text)
     weights = 2 * h * q + 2 * h * kv + 3 * h * text.intermediate_size
     v, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
     patches = sum(frames)
     block = 2 * patches * (4 * v * v + 2 * v * vision.intermediate_size) + 4 * sum(n**2 for n in frames) * v
     merge = 2 * patches // vision.spatial_merge_size**2 * (merged**2 + merged * vision.out_hidden_size)
-    patch = 2 * patches * v * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patch = 2 * patches * v * vision.in_channels * patch_pixels(vision)
     tower = patch + vision.depth * block + (1 + len(vision.deepstack_visual_indexes)) * merge
     return Flops(
         text=2.0 * tokens * text.num_hidden_layers * weights,
@@ -214,14 +231,15 @@ def text_layer_bytes(config: Qwen3VLConfig, width: int) -> int:
     With ``nemo_bard.model.lean``: inputs and outputs of the two norms of width H, what enters the norms of queries and keys,
     queries, keys, values and output of attention, and the two halves of the MLP.
     """
-    text = config.text_config
-    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    text = text_section(config)
+    q, kv = attention_widths(text)
     return (4 * text.hidden_size + 3 * q + 3 * kv + 2 * text.intermediate_size) * width
 
 
 def vision_block_bytes(config: Qwen3VLConfig, width: int) -> int:
     """Bytes that one vision block keeps for each patch; its rotary embedding is computed in float32."""
-    h, inter = config.vision_config.hidden_size, config.vision_config.intermediate_size
+    vision = vision_section(config)
+    h, inter = vision.hidden_size, vision.intermediate_size
     rotary = 2 * h * 4 * (1 if width == 4 else 2)
     return 11 * h * width + rotary + 2 * inter * width
 
@@ -240,7 +258,7 @@ def activation_memory(
 
     With checkpointing a layer keeps its input, and one layer at a time everything.
     """
-    text, vision = config.text_config, config.vision_config
+    text, vision = text_section(config), vision_section(config)
     layers, masks = text.num_hidden_layers, 1 if checkpointing else text.num_hidden_layers
     layer, block = text_layer_bytes(config, width), vision_block_bytes(config, width)
     patches = image_tokens * vision.spatial_merge_size**2
@@ -366,7 +384,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
     total, gpus = parameters.total, settings.gpus
     table = parameters.embedding
-    root = total - config.text_config.num_hidden_layers * parameters.layer - parameters.vision
+    root = total - text_section(config).num_hidden_layers * parameters.layer - parameters.vision
     gathered = width * (root + 2 * parameters.layer) if gpus > 1 else (width * total if width < 4 else 0)
     unreduced = width * (root + parameters.layer) + (4 * table if width < 4 else 0) if gpus > 1 else 0
     memory = {

@@ -182,13 +182,13 @@ def to_device(value: Any, device: torch.device) -> Any:
 def stop_printing() -> None:
     """Send what ``PRINTING`` modules print to the log."""
     for name in PRINTING:
-        vars(importlib.import_module(name))["print"] = _to_log
+        importlib.import_module(name).__dict__["print"] = _to_log
 
 
 def resume_printing() -> None:
     """Undo ``stop_printing``."""
     for name in PRINTING:
-        vars(importlib.import_module(name)).pop("print", None)
+        importlib.import_module(name).__dict__.pop("print", None)
 
 
 def _to_log(*values: object, **_: object) -> None:
@@ -205,11 +205,12 @@ def hold_back_instantiation_reports() -> Iterator[list[str]]:
     def hold(*values: object, **_: object) -> None:
         held.append(" ".join(map(str, values)))
 
-    vars(loader)["print"] = hold
+    names = loader.__dict__
+    names["print"] = hold
     try:
         yield held
     finally:
-        del vars(loader)["print"]
+        del names["print"]
 
 
 # ------------------ following a recipe ------------------

@@ -106,7 +106,7 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _contiguous_labels(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def wrapper(*args: object, **kwargs: object) -> object:
-        return function(*args, **{**kwargs, "labels": kwargs["labels"].contiguous()})
+    def wrapper(*args: object, labels: torch.Tensor, **kwargs: object) -> object:
+        return function(*args, **kwargs, labels=labels.contiguous())
 
     return wrapper

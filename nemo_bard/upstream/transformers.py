@@ -17,14 +17,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
 from nemo_bard.upstream.touched import Touched
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, Qwen3VLConfig
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 CONFIG_TABLES = "transformers.models.auto.configuration_auto"
 MODEL_TABLES = "transformers.models.auto.modeling_auto"
@@ -81,6 +82,16 @@ TOUCHED = (
     ),
 )
 """What this module and ``model`` touch; ``docs/decisions.md`` says why there is a room for it."""
+
+
+def text_section(config: Qwen3VLConfig) -> Qwen3VLTextConfig:
+    """``text_config``, which transformers declares as a configuration, a dictionary or None."""
+    return cast("Qwen3VLTextConfig", config.text_config)
+
+
+def vision_section(config: Qwen3VLConfig) -> Qwen3VLVisionConfig:
+    """``vision_config``, which transformers declares as a configuration, a dictionary or None."""
+    return cast("Qwen3VLVisionConfig", config.vision_config)
 
 
 def attn_implementation(config: PreTrainedConfig) -> str | None:

@@ -230,7 +230,7 @@ def test_wrong_model_folders(call, folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "'llama'" in refused(call("generate", "--prompt", "a", model=tmp_path))
     (tmp_path / "config.json").write_text("{")
-    assert "is not a model configuration" in refused(call("generate", "--prompt", "a", model=tmp_path))
+    assert "config.json: not a JSON file" in refused(call("generate", "--prompt", "a", model=tmp_path))
     (tmp_path / "config.json").write_text((folder / "bard" / "config.json").read_text())
     assert "not complete" in refused(call("generate", "--prompt", "a", model=tmp_path))
 

@@ -4,13 +4,16 @@ The neighbour is a stand-in for nemo-automodel with the same module, function an
 environment takes a second to fill.
 """
 
+import email
 import shutil
 import subprocess
 import sys
 import timeit
+import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PTH = "nemo_bard_automodel.pth"
@@ -194,11 +197,34 @@ def test_hook_passes_over_a_missing_package(hook_line, tmp_path):
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('broken')", "def install(:", "import sys", "1 / 0"])
 def test_hook_never_stops_python(hook_line, tmp_path, text):
-    (tmp_path / "nemo_bard").mkdir()
+    (tmp_path / "nemo_bard/cli").mkdir(parents=True)
     (tmp_path / "nemo_bard/__init__.py").touch()
-    (tmp_path / "nemo_bard/_startup.py").write_text(text)
+    (tmp_path / "nemo_bard/cli/__init__.py").touch()
+    (tmp_path / "nemo_bard/cli/startup.py").write_text(text)
     result = run_line(hook_line, tmp_path, "finetune")
     assert result.returncode == 0
     assert result.stdout
     assert result.stderr.startswith("nemo_bard: cannot add the command finetune to automodel:")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def metadata(wheels):
+    with zipfile.ZipFile(wheels["wheel"]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(wheel.read(name))
+
+
+def test_what_a_wheel_requires(metadata):
+    """What the package imports is required, not an extra; extras of earlier versions stay as names."""
+    lines = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    plain = {line.name: str(line.specifier) for line in lines if line.marker is None or "extra" not in str(line.marker)}
+    assert {"av", "megatron-core", "omegaconf", "qwen-vl-utils", "hydra-core"} <= plain.keys()
+    assert plain["nemo-automodel"] == "<0.8,>=0.7"
+    assert plain["av"] == "", "another package of the same environment may need an old one"
+    assert {"demo", "dev", "mixture", "mlflow", "video", "wandb"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_constraints_name_every_requirement(metadata):
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {Requirement(line).name for line in metadata.get_all("Requires-Dist")} <= pinned

@@ -80,6 +80,15 @@ def test_requirement_violated(monkeypatch):
     assert checks[0].repair == "pip install 'triton<3.9'"
 
 
+def test_what_is_required_is_reported_as_broken_where_it_is_missing(monkeypatch):
+    versions = {"nemo-bard": doctor.__version__, "torch": "2.12.1", "torchvision": "0.27"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    states = {check.name: check for check in doctor.check_versions()}
+    for name in ("megatron-core", "omegaconf", "qwen-vl-utils", "av"):
+        assert (states[name].state, states[name].repair) == (doctor.BROKEN, f"pip install {name}")
+    assert states["triton"].state == doctor.OK
+
+
 def test_requirements_met(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.8"])
     monkeypatch.setattr(doctor, "installed_version", {"torch": "2.12.1"}.get)

@@ -20,8 +20,3 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("nemo_bard.cli.commands.doctor", "check the installation and say how to repair it"),
 }
 """Command name -> (module, one line of help)."""
-
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
-"""What wrong input raises; the command line shows these as one line."""
-
-EXIT_USER_ERROR = 2

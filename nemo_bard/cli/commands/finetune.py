@@ -17,8 +17,8 @@ import argparse
 import os
 from pathlib import Path
 
+from nemo_bard.base.errors import USER_ERRORS
 from nemo_bard.base.paths import find_recipe
-from nemo_bard.cli.commands import USER_ERRORS
 from nemo_bard.launch.exits import under_torchrun
 from nemo_bard.launch.torchrun import count_processes, run_torchrun
 from nemo_bard.train.recipe_file import (
@@ -91,9 +91,9 @@ def run_in_process(recipe_class: type, config_path: Path, overrides: list[str], 
         if getattr(recipe_class, "parses_overrides", False):
             recipe = recipe_class.from_overrides(config_path, overrides)
         else:
-            from nemo_bard.upstream import cpu as cpu_compat
+            from nemo_bard.upstream import cpu
 
-            cpu_compat.apply()  # without CUDA, NeMo AutoModel's own recipes run too
+            cpu.apply()  # without CUDA, NeMo AutoModel's own recipes run too
             recipe = recipe_class(load_config(config_path, pairs))
         recipe.setup()
     result = recipe.run_train_validation_loop()

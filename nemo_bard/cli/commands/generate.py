@@ -62,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
     check_combination(args)
     check_checkpoint(args.model, args.dtype, block_diffusion=True)
-    if args.batch is None:
-        conversation = make_conversation(args.prompt, images=args.image, videos=args.video, system=args.system)
-        check_media(conversation)
-        conversation = open_media(conversation)
-    config = options.read_generation_config(args.model, options.given_settings(args), device=args.device)
-    return answer_file(args, config) if args.batch is not None else answer_one(args, config, conversation)
+    settings = options.given_settings(args)
+    if args.batch is not None:
+        return answer_file(args, options.read_generation_config(args.model, settings, device=args.device))
+    conversation = make_conversation(args.prompt, images=args.image, videos=args.video, system=args.system)
+    check_media(conversation)
+    conversation = open_media(conversation)
+    return answer_one(args, options.read_generation_config(args.model, settings, device=args.device), conversation)
 
 
 def check_combination(args: argparse.Namespace) -> None:
