@@ -49,7 +49,7 @@ MODULES = {
     "prompt": "generation.prompt",
     "recipe_file": "train.recipe_file",
     "responder": "evaluation.responder",
-    "sampling": "generation.strategies",
+    "sampling": "generation.sampling",
     "shapes": "cost.shapes",
     "slurm": "launch.slurm",
     "tiny": "checkpoints.tiny",
@@ -79,7 +79,7 @@ def new_name(dotted: str) -> str:
     return dotted
 
 
-class _Loader(Loader):
+class AliasLoader(Loader):
     """Gives the module ``new`` under another name as well."""
 
     def __init__(self, new: str) -> None:
@@ -89,6 +89,7 @@ class _Loader(Loader):
         """Leave it to Python to make the module that ``exec_module`` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Put the new module in the place of the empty one."""
         sys.modules[module.__name__] = importlib.import_module(self.new)
 
     def get_code(self, name: str) -> CodeType | None:
@@ -112,7 +113,7 @@ class _Finder(MetaPathFinder):
         new = f"{PACKAGE}.{MODULES[old]}"
         if old not in QUIET and os.environ.get("RANK", "0") == "0":
             warnings.warn(f"{fullname} is now {new}; the old name goes on working", FutureWarning, stacklevel=2)
-        return ModuleSpec(fullname, _Loader(new))
+        return ModuleSpec(fullname, AliasLoader(new))
 
 
 def install() -> None:

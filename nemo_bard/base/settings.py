@@ -159,7 +159,8 @@ def add_flags(group: Any, fields: Iterable[dataclasses.Field[Any]]) -> None:
         if check.parse is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
         else:
-            group.add_argument(name, type=check.parse, metavar=check.metavar, help=field.metadata["help"])
+            names = f" ({', '.join(check.choices())})" if check.choices else ""
+            group.add_argument(name, type=check.parse, metavar=check.metavar, help=field.metadata["help"] + names)
 
 
 def given_flags(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> dict[str, Any]:
