@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nemo_bard", "nemo_bard.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={name: ["*.yaml", "**/*.yaml"] for name in SHIPPED},
+    package_data={"nemo_bard.launch": ["job.sbatch"], **{name: ["*.yaml", "**/*.yaml"] for name in SHIPPED}},
     # Relative to <name>.data/data inside a wheel, hence <name>.data/purelib: both wheels and editable wheels put the
     # start-up hook into site-packages this way, without a custom build command. Why a hook: docs/decisions.md.
     data_files=[("../purelib", ["nemo_bard/nemo_bard_automodel.pth"])],

@@ -81,7 +81,7 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def get(self, name: str) -> T:
+    def get(self, name: Any) -> T:
         """Return what a name, or a dotted name, stands for.
 
         Raises:

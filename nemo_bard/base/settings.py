@@ -90,7 +90,12 @@ def choice(
 
 
 def setting(
-    default: Any = dataclasses.MISSING, check: Check | None = None, help: str = "", *, flag: bool = True
+    default: Any = dataclasses.MISSING,
+    check: Check | None = None,
+    help: str = "",
+    *,
+    flag: bool = True,
+    factory: Callable[[], Any] | None = None,
 ) -> Any:
     """A dataclass field.
 
@@ -99,8 +104,12 @@ def setting(
         check: What it may be.
         help: One line for users.
         flag: Whether it is an option of the command line.
+        factory: Makes the default, where that is a list or a dictionary.
     """
-    return dataclasses.field(default=default, metadata={"check": check, "help": help, "flag": flag})
+    metadata = {"check": check, "help": help, "flag": flag}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(values: Any, section: str = "") -> None:
@@ -150,7 +159,8 @@ def add_flags(group: Any, fields: Iterable[dataclasses.Field[Any]]) -> None:
         if check.parse is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
         else:
-            group.add_argument(name, type=check.parse, metavar=check.metavar, help=field.metadata["help"])
+            names = f" ({', '.join(check.choices())})" if check.choices else ""
+            group.add_argument(name, type=check.parse, metavar=check.metavar, help=field.metadata["help"] + names)
 
 
 def given_flags(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> dict[str, Any]:
@@ -167,8 +177,8 @@ def reference(fields: Iterable[dataclasses.Field[Any]]) -> str:
         if check is None:
             continue
         allowed = ", ".join(f"`{name}`" for name in check.choices()) if check.choices else check.allowed
-        required = field.default is dataclasses.MISSING
-        default = "required" if required else f"`{'null' if field.default is None else field.default}`"
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = "required" if value is dataclasses.MISSING else f"`{'null' if value is None else value}`"
         null = " or null" if check.optional else ""
         rows.append(f"| `{field.name}` | {default} | {allowed}{null} | {field.metadata['help']} |")
     return "\n".join(rows)

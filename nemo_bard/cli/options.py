@@ -3,55 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from nemo_bard.base.settings import add_flags, given_flags
+from nemo_bard.generation.parameters import STRATEGIES, setting_fields, strategy_fields
 
 if TYPE_CHECKING:
     from nemo_bard.generation.settings import BardGenerationConfig
 
 
-def token_ids(text: str) -> int | list[int]:
-    """Read ``7`` or ``7,8``."""
-    ids = [int(word) for word in text.split(",")]
-    return ids[0] if len(ids) == 1 else ids
-
-
-DECODING: dict[str, tuple[Any, str]] = {
-    "max_new_tokens": (int, "most response tokens"),
-    "block_size": (int, "tokens denoised together"),
-    "denoising_steps": (int, "most denoising forwards per block"),
-    "remasking_strategy": (str, "low_confidence_static, low_confidence_dynamic or entropy_bound"),
-    "confidence_threshold": (float, "fix every token above this probability, in (0, 1]"),
-    "entropy_bound": (float, "bound of the entropy_bound strategy, in nats"),
-    "edit_threshold": (float, "replace a visible token above this probability, in (0, 1]"),
-    "max_post_edit_steps": (int, "revision steps after the last mask of a block is gone"),
-    "temperature": (float, "0 is argmax"),
-    "top_k": (int, "draw from the K most likely tokens; 0 is all"),
-    "top_p": (float, "draw from the most likely tokens of this total probability, in (0, 1]"),
-    "suppress_mask_token": (bool, "never emit the mask id"),
-    "mask_token_id": (int, "id of [MASK]"),
-    "eos_token_id": (token_ids, "id that ends a response, or several joined by commas"),
-    "pad_token_id": (int, "id after the end of a response"),
-    "bos_token_id": (int, "not used by block diffusion"),
-    "decode_path": (str, "fast, or plain: the slow path that serves as reference"),
-    "cache_implementation": (str, "dynamic or static"),
-    "compile_step": (bool, "compile the block forward; needs the static cache"),
-}
-"""Settings of ``BardGenerationConfig`` that are flags: name -> (type, help)."""
-RETURN_SETTINGS = ("return_dict_in_generate", "return_step_stats", "output_history")
-"""Settings that say what a call of ``generate`` returns; no flags."""
+def decoding_fields(strategy: str | None = None) -> dict[str, Field[Any]]:
+    """Return the decoding settings that are flags; with the name of a strategy, a dotted one's parameters too."""
+    return {name: field for name, field in setting_fields(strategy).items() if field.metadata["flag"]}
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     """Add one ``--kebab-case`` flag per setting; what is not given stays as the model's generation_config.json says."""
     group = parser.add_argument_group("decoding", "what is not given is as in the model's generation_config.json")
-    for name, (kind, text) in DECODING.items():
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            metavar = {int: "N", float: "X", str: "NAME"}.get(kind, "IDS")
-            group.add_argument(flag, type=kind, metavar=metavar, help=text)
+    add_parameter_flags(group, decoding_fields())
+    follow_strategies(parser, "--remasking-strategy", lambda fields: add_parameter_flags(group, fields))
+
+
+def add_parameter_flags(group: Any, fields: Mapping[str, Field[Any]]) -> None:
+    """Add the flags of settings.
+
+    Raises:
+        ValueError: If a strategy of another package has a parameter with the name of another option.
+    """
+    try:
+        add_flags(group, fields.values())
+    except argparse.ArgumentError as error:
+        raise ValueError(f"a parameter of a remasking strategy has the name of an option: {error}") from error
+
+
+def follow_strategies(
+    parser: argparse.ArgumentParser, option: str, add: Callable[[Mapping[str, Field[Any]]], None]
+) -> None:
+    """Let the parser know the parameters of strategies that the command line names by their dotted names.
+
+    Args:
+        parser: Gets them before it parses.
+        option: What names strategies, one or several joined by commas.
+        add: Called with the parameters that no registered strategy has.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        given = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+        given += [after for word, after in zip(words, words[1:], strict=False) if word == option]
+        known = dict(setting_fields())
+        for name in ",".join(given).split(","):
+            if "." in name and name not in STRATEGIES:
+                new = {key: field for key, field in strategy_fields(name).items() if key not in known}
+                add(new)
+                known |= new
+        return parse(args, namespace)
+
+    parser.parse_known_args = parse_known_args
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +83,7 @@ def _raise_error(message: str) -> NoReturn:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the decoding settings that are on the command line."""
-    return {name: getattr(args, name) for name in DECODING if getattr(args, name) is not None}
+    return given_flags(args, decoding_fields(args.remasking_strategy).values())
 
 
 def read_generation_config(

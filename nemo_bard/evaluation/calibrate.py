@@ -6,52 +6,63 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from nemo_bard.base.settings import check_keys
 from nemo_bard.evaluation.evaluate import EvalResult, Scorer, evaluate
+from nemo_bard.generation.parameters import GENERAL, STRATEGIES, calibrated_strategies, strategy_fields
 from nemo_bard.generation.settings import BardGenerationConfig
 
 logger = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, str] = {"tokens_per_second": "tokens per second", "tpf": "tokens per forward"}
 """What is maximised: measured on this machine, or counted (the same on every machine)."""
-DEFAULT_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
-SWEPT_STRATEGIES = ("low_confidence_dynamic", "low_confidence_static")
+DEFAULT_STRATEGY = GENERAL["remasking_strategy"].default
+MARKERS = "osD^vP*X"
 BACKUP_NAME = "generation_config.before-calibration.json"
 
 
-@dataclass(frozen=True, order=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One point of the sweep."""
 
     block_size: int
     denoising_steps: int
     strategy: str
-    confidence_threshold: float | None
-    """None where the strategy does not use it."""
+    parameters: tuple[tuple[str, Any], ...] = ()
+    """Names and values of the strategy's parameters that are swept."""
 
     def apply(self, base: BardGenerationConfig, trained_block_size: int | None) -> BardGenerationConfig:
         """Return ``base`` with this setting; the checkpoint's own block size stays in its ``config.json`` alone."""
-        values: dict[str, Any] = {
-            "block_size": None if self.block_size == trained_block_size else self.block_size,
-            "denoising_steps": None if self.denoising_steps == self.block_size else self.denoising_steps,
-            "remasking_strategy": self.strategy,
-        }
-        if self.confidence_threshold is not None:
-            values["confidence_threshold"] = self.confidence_threshold
-        return base.updated(**values)
+        return base.updated(
+            block_size=None if self.block_size == trained_block_size else self.block_size,
+            denoising_steps=None if self.denoising_steps == self.block_size else self.denoising_steps,
+            remasking_strategy=self.strategy,
+            **dict(self.parameters),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, the parameters beside the rest."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parameters"}
+        return {**own, **dict(self.parameters)}
 
     def __str__(self) -> str:
-        text = f"B = {self.block_size}, {self.denoising_steps} step{'s' * (self.denoising_steps > 1)}"
-        if self.strategy == "low_confidence_dynamic":
-            return f"{text}, threshold {self.confidence_threshold:g}"
-        return f"{text}, {self.strategy.removeprefix('low_confidence_')}"
+        words = [f"B = {self.block_size}", f"{self.denoising_steps} step{'s' * (self.denoising_steps > 1)}"]
+        if self.strategy != DEFAULT_STRATEGY and self.strategy not in dict(self.parameters):
+            words.append(self.strategy.removeprefix("low_confidence_"))
+        words += [f"{name.removeprefix('confidence_')} {_plain(value)}" for name, value in self.parameters]
+        return ", ".join(words)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,84 +121,95 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        plain["points"] = [asdict(point) for point in self.points]
-        plain["chosen"] = asdict(self.chosen)
+        plain["points"] = [_as_dict(point) for point in self.points]
+        plain["chosen"] = _as_dict(self.chosen)
         plain["goal"] = asdict(self.goal)
         plain["config"] = self.config.to_diff_dict()
         return plain
+
+
+def _as_dict(point: Point) -> dict[str, Any]:
+    return {**asdict(point), "setting": point.setting.to_dict()}
 
 
 def make_grid(
     block_sizes: Sequence[int],
     *,
     steps: Sequence[int] | None = None,
-    thresholds: Sequence[float] | None = None,
-    strategies: Sequence[str] = SWEPT_STRATEGIES,
+    values: Mapping[str, Sequence[Any]] | None = None,
+    strategies: Sequence[str] | None = None,
 ) -> list[Setting]:
     """List the settings to try.
 
     Args:
         block_sizes: Block sizes.
-        steps: Denoising steps per block; a number above a block size means the block size. If None, the static strategy
-            gets the block size and its halves down to 1, the dynamic one the block size.
-        thresholds: Confidence thresholds of the dynamic strategy; ``DEFAULT_THRESHOLDS`` if None.
-        strategies: Of ``SWEPT_STRATEGIES``.
+        steps: Denoising steps per block; a number above a block size means the block size. If None, a strategy whose
+            parameters are swept gets the block size, another one the block size and its halves down to 1.
+        values: Values of strategies' parameters; what a strategy itself names (``Strategy.swept``) where there are none.
+        strategies: Names; those that are ``calibrated`` if None.
 
     Returns:
-        Settings without repetition: block sizes as given, each with every strategy, number of steps and threshold.
+        Settings without repetition: block sizes as given, each with every strategy, number of steps and parameters.
 
     Raises:
-        ValueError: For an empty list or a value that is not allowed.
+        ValueError: For an empty list, a parameter that no strategy has, or a value that is not allowed.
     """
-    for name, values in (("block_sizes", block_sizes), ("steps", steps), ("thresholds", thresholds)):
-        if values is not None and not values:
+    values = values or {}
+    for name, given in (("block_sizes", block_sizes), ("steps", steps), ("strategies", strategies), *values.items()):
+        if given is not None and not given:
             raise ValueError(f"{name} must not be empty")
-    for name in strategies:
-        if name not in SWEPT_STRATEGIES:
-            raise ValueError(f"strategies must be of {', '.join(SWEPT_STRATEGIES)}, got {name!r}")
+    strategies = calibrated_strategies() if strategies is None else strategies
+    check_keys("", values, parameter_names([*STRATEGIES, *strategies]), "parameter of a strategy")
     grid: dict[Setting, None] = {}
     for size in block_sizes:
         BardGenerationConfig(block_size=size)
         for strategy in strategies:
-            dynamic = strategy == "low_confidence_dynamic"
-            for count in steps if steps is not None else _default_steps(size, dynamic=dynamic):
-                for threshold in (thresholds or DEFAULT_THRESHOLDS) if dynamic else (None,):
-                    BardGenerationConfig(
-                        denoising_steps=count, **({} if threshold is None else {"confidence_threshold": threshold})
-                    )
+            swept = swept_values(strategy, values)
+            for count in steps if steps is not None else _default_steps(size, halves=not swept):
+                for point in product(*swept.values()):
+                    parameters = tuple(zip(swept, point, strict=True))
+                    BardGenerationConfig(denoising_steps=count, remasking_strategy=strategy, **dict(parameters))
                     setting = Setting(
                         block_size=size,
                         denoising_steps=min(count, size),
                         strategy=strategy,
-                        confidence_threshold=threshold,
+                        parameters=parameters,
                     )
                     grid[setting] = None
     return list(grid)
 
 
-def _default_steps(size: int, *, dynamic: bool) -> list[int]:
-    if dynamic:
-        return [size]
-    return [size >> shift for shift in range(size.bit_length())]
+def parameter_names(strategies: Iterable[str]) -> list[str]:
+    """Return the names of all parameters of these strategies."""
+    return list(dict.fromkeys(name for strategy in strategies for name in strategy_fields(strategy)))
 
 
-def current_setting(base: BardGenerationConfig, trained_block_size: int | None) -> Setting | None:
-    """Return the setting that a checkpoint decodes with now, None if the sweep does not know its strategy.
+def swept_values(strategy: str, values: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Return what is tried for the parameters of a strategy: ``values`` where given, else its own; others stay as they are."""
+    own = {**STRATEGIES.get(strategy).swept, **values}
+    return {name: own[name] for name in strategy_fields(strategy) if name in own}
+
+
+def _default_steps(size: int, *, halves: bool) -> list[int]:
+    return [size >> shift for shift in range(size.bit_length())] if halves else [size]
+
+
+def current_setting(base: BardGenerationConfig, trained_block_size: int | None) -> Setting:
+    """Return the setting that a checkpoint decodes with now.
 
     Raises:
         ValueError: If neither the settings nor the checkpoint name a block size.
     """
-    size = base.block_size if base.block_size is not None else trained_block_size
+    given, strategy = base.resolve()
+    size = given.block_size if given.block_size is not None else trained_block_size
     if size is None:
         raise ValueError("block_size is set neither in generation_config.json nor in config.json; pass --block-sizes")
-    if base.remasking_strategy not in SWEPT_STRATEGIES:
-        return None
-    dynamic = base.remasking_strategy == "low_confidence_dynamic"
+    swept = swept_values(given.remasking_strategy, {})
     return Setting(
         block_size=size,
-        denoising_steps=min(base.denoising_steps or size, size),
-        strategy=base.remasking_strategy,
-        confidence_threshold=base.confidence_threshold if dynamic else None,
+        denoising_steps=min(given.denoising_steps or size, size),
+        strategy=given.remasking_strategy,
+        parameters=tuple((name, getattr(strategy, name)) for name in swept),
     )
 
 
@@ -259,7 +281,7 @@ def calibrate(
     measured = base if max_new_tokens is None else base.updated(max_new_tokens=max_new_tokens)
     trained = model.config.block_size
     present = current_setting(base, trained)
-    settings = list(dict.fromkeys([*([present] if present is not None else []), *grid]))
+    settings = list(dict.fromkeys([present, *grid]))
     results: dict[Setting, EvalResult] = {}
     with tqdm(total=repeats * len(settings), desc="calibrating", unit="run", disable=None) as bar, _quiet_block_sizes():
         for number in range(repeats):
@@ -462,8 +484,9 @@ def _visible(calibration: Calibration, floor: float) -> tuple[list[Point], float
 
 def _draw_points(axis: Any, points: list[Point], objective: str, colors: dict[int, Any]) -> None:
     """Draw points by block size and strategy, and the line through those that no other beats, with their settings."""
+    strategies = dict.fromkeys(point.setting.strategy for point in points)
     for size, color in colors.items():
-        for strategy, marker in zip(SWEPT_STRATEGIES, ("o", "s"), strict=True):
+        for strategy, marker in zip(strategies, cycle(MARKERS), strict=False):
             found = [p for p in points if (p.setting.block_size, p.setting.strategy) == (size, strategy)]
             if found:
                 axis.scatter(
@@ -477,8 +500,8 @@ def _draw_points(axis: Any, points: list[Point], objective: str, colors: dict[in
                 )
     front = pareto(points, lambda point: point.speed(objective))
     xs, ys = [p.speed(objective) for p in front], [100 * p.score for p in front]
-    axis.plot(xs, ys, color="0.5", linewidth=1, label="best trade-off (threshold or steps beside it)", zorder=2)
+    axis.plot(xs, ys, color="0.5", linewidth=1, label="best trade-off (parameters or steps beside it)", zorder=2)
     for point, x, y in zip(front, xs, ys, strict=True):
-        threshold, steps = point.setting.confidence_threshold, point.setting.denoising_steps
-        note = f"{threshold:g}" if threshold is not None else f"{steps} st."
+        values = [_plain(value) for _, value in point.setting.parameters]
+        note = ", ".join(values) or f"{point.setting.denoising_steps} st."
         axis.annotate(note, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=8, color="0.25", zorder=5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_bard.method.layout import CONTEXT, PADDING, TokenIds, context_block_ids, find_responses
 
 if TYPE_CHECKING:
-    from nemo_bard.model.modeling import BardVLForConditionalGeneration
+    from nemo_bard.generation.protocol import DecodableModel
 
 VISION_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 PROMPT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", *VISION_KEYS)
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def prepare_prompt(
-    model: BardVLForConditionalGeneration,
+    model: DecodableModel,
     inputs: dict[str, Tensor],
     *,
     block_size: int,

@@ -26,6 +26,7 @@ from nemo_bard.base.folders import read_model_type
 from nemo_bard.generation.generate import generate
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.method.chunked import OutputHead
+from nemo_bard.model import attention
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.lean import slim
 from nemo_bard.upstream.torch import become
@@ -47,6 +48,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     config_class = BardVLConfig
     generation_config_class = BardGenerationConfig
     config: BardVLConfig
+    decoding_attention = attention.NAME
+    """Backend of ``generate``, whatever the model was loaded with."""
 
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -12,22 +13,12 @@ from typing import Any
 from nemo_bard.base.files import read_json
 from nemo_bard.base.moved import PACKAGE, new_name
 from nemo_bard.base.registry import import_dotted
-from nemo_bard.data.readers import input_files
 from nemo_bard.pipeline import manifest
-from nemo_bard.pipeline.job import OWN_KEYS, RUN_DIR, Job, Stage
-from nemo_bard.train.recipe_file import translate
+from nemo_bard.pipeline.job import RUN_DIR, Job, Stage
 
 PACKAGES = ("nemo-bard", "nemo-automodel", "torch", "transformers")
-NOT_COMPARED = (
-    *(key for key in OWN_KEYS if not key.endswith("pretrained_model_name_or_path")),
-    "checkpoint.max_recent_checkpoints", "dist_env", "wandb", "mlflow", "dataloader.num_workers",
-    "dataloader.pin_memory", "dataloader.persistent_workers", "dataloader.prefetch_factor",
-    "validation_dataloader.num_workers", "step_scheduler.ckpt_every_steps", "step_scheduler.log_remote_every_steps",
-    "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
-    "on_bad_sample",
-)  # fmt: skip
-"""Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
-
+ABSENT = {"on_bad_sample": "error"}
+"""Keys that recipes did not have before -> the value that means what their absence meant."""
 PLAIN = (type(None), bool, int, float, str)
 
 
@@ -38,20 +29,10 @@ def versions() -> dict[str, str]:
 
 def compared_config(stage: Stage, job: Job) -> dict[str, Any]:
     """What decides the result of a stage, with the run directory as a placeholder."""
-    config: dict[str, Any] = {"kind": stage.kind, **stage.settings}
-    names = {s.name for s in job.stages}
+    config: dict[str, Any] = {"kind": stage.kind, **stage.compared()}
     config["named"] = {  # what cannot be compared by its content
-        use: value for use, value in stage.inputs.items() if value not in names and not Path(value).is_dir()
+        use: value for use, value in stage.inputs.items() if value not in job.names and not Path(value).is_dir()
     }
-    if stage.recipe is not None:
-        config["recipe"] = translate(stage.recipe)
-        for dotted in NOT_COMPARED:
-            *parents, leaf = dotted.split(".")
-            node = config["recipe"]
-            for name in parents:
-                node = node.get(name) or {}
-            if isinstance(node, dict):
-                node.pop(leaf, None)
     return json.loads(json.dumps(config, sort_keys=True, default=str).replace(str(job.run_dir), RUN_DIR))
 
 
@@ -60,12 +41,9 @@ def external_inputs(stage: Stage, job: Job) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for use, value in stage.inputs.items():
         path = job.input_path(value)
-        if value not in {s.name for s in job.stages} and isinstance(path, Path):
+        if value not in job.names and isinstance(path, Path):
             found[use] = path
-    for section in ("dataset", "validation_dataset"):
-        for name, path in input_files((stage.recipe or {}).get(section) or {}).items():
-            found[section if name == "path" else f"{section}.{name}"] = path
-    return found
+    return found | stage.reads()
 
 
 def input_digests(stage: Stage, job: Job, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -81,7 +59,7 @@ def input_digests(stage: Stage, job: Job, known: Mapping[str, Any] | None = None
     """
     result: dict[str, Any] = {}
     for use, value in stage.inputs.items():
-        if value in {s.name for s in job.stages}:
+        if value in job.names:
             record = read_json(job.stage(value).folder / manifest.MANIFEST)
             if record is None:
                 raise ValueError(f"stage {stage.name} needs the export of stage {value}, which is not finished")
@@ -108,7 +86,7 @@ def check_same(stage: Stage, job: Job, old: Mapping[str, Any], new: Mapping[str,
         ValueError: Names the first key, version or input that differs.
     """
     advice = f"use another run_dir, or delete {stage.folder} to train this stage again"
-    difference = first_difference(old["config"], new["config"])
+    difference = first_difference(completed(old["config"], stage), new["config"])
     if difference:
         key, before, now = difference
         raise ValueError(f"stage {stage.name} was {state} with {key}={before!r}, now it is {now!r}; {advice}")
@@ -147,6 +125,20 @@ def finished(stage: Stage, job: Job) -> dict[str, Any] | None:
                 f"stage {stage.name} is finished, but {export / name} is {state}; delete {stage.folder} to make it again"
             )
     return record
+
+
+def completed(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """What a stage was made from, with the defaults of settings that did not exist then."""
+    full = dict(config)
+    for one in dataclasses.fields(stage.settings):
+        if one.name in stage.compared() and one.name not in full:
+            if one.default is not dataclasses.MISSING:
+                full[one.name] = one.default
+            elif one.default_factory is not dataclasses.MISSING:
+                full[one.name] = one.default_factory()
+    if isinstance(recipe := full.get("recipe"), Mapping):
+        full["recipe"] = {**ABSENT, **recipe} if stage.compared().get("recipe", {}).keys() & ABSENT.keys() else recipe
+    return full
 
 
 def first_difference(old: object, new: object, prefix: str = "") -> tuple[str, object, object] | None:

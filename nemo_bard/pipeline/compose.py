@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_bard.base.errors import nearest
 from nemo_bard.base.paths import conf_dir
+from nemo_bard.pipeline.structured import explain, register, schema_of
 from nemo_bard.train.config import check_keys
 from nemo_bard.train.recipe_file import read_yaml
 
 FILE_KEYS = ("recipe", "pipeline", "overrides", "config_dir")
-FREE = re.compile(r"(overrides|stage\.\w+\.overrides|data\.recipe|model\.recipe|evaluation\.generation)\.")
-"""Keys below these are keys of something else (a recipe, a generation config) and checked there."""
-_NAME = re.compile(r"[\w.@/]+")
+LOOKED_AT_FIRST = re.compile(r"(stage|launch)\.|order$")
+"""Keys that say, or may say, which sections there are."""
 
 
 class Words(NamedTuple):
@@ -77,30 +77,46 @@ def compose(words: Words) -> dict[str, Any]:
     """Compose the configuration: plain dictionaries, interpolations filled in.
 
     Raises:
-        ValueError: For an unknown group, name or key (the nearest known one is named), a value that is required and not
-            given, or a configuration file that cannot be read.
+        ValueError: For an unknown group, name or key (the nearest known one is named), a value of a wrong type or that is
+            required and not given, or a configuration file that cannot be read.
     """
     groups = known_groups(words.config_dirs)
     picks, values = [f"pipeline={words.pipeline}"], []
     for override in words.overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        (picks if key.split("@")[0] in groups else values).append(override)
+        (picks if _key(override).split("@")[0] in groups else values).append(override)
     for override in picks:
         _check_option(override, groups)
-    base = _compose(words.config_dirs, picks, resolve=False)
-    known = set(dotted_keys(base))
-    checked = []
-    for override in values:
-        key = override.partition("=")[0]
-        if FREE.match(key):
-            checked.append(f"++{override}")
-            continue
-        if _NAME.match(key) and key not in known:
-            near = difflib.get_close_matches(key, [*known, *groups], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known at the top: {', '.join([*groups, *base])}"
-            raise ValueError(f"unknown key {key} in {override!r}; {hint}")
-        checked.append(override)
-    return _compose(words.config_dirs, [*picks, *checked], resolve=True)
+    first = [
+        override if override[0] in "+~" else f"++{override}"
+        for override in values
+        if LOOKED_AT_FIRST.match(_key(override))
+    ]
+    schema, untyped = schema_of(None), None
+    try:
+        register(schema)
+        untyped = _compose(words.config_dirs, [*picks, *first])
+        schema = schema_of(untyped)
+        register(schema)
+        free = schema.free()
+        forced = [f"++{one}" if one[0] not in "+~" and f"{_key(one)}.".startswith(free) else one for one in values]
+        return _compose(words.config_dirs, [*picks, *forced], resolve=True)
+    except _hydra_errors() as error:
+        known = [*groups, *(key for key, _ in schema.fields())]
+        if untyped is not None:
+            register(schema_of(None))
+            known += dotted_keys(_compose(words.config_dirs, picks))
+        raise explain(error, words.overrides, known, schema.checks()) from error
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _hydra_errors() -> tuple[type[Exception], ...]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException
 
 
 def known_groups(config_dirs: Iterable[Path]) -> dict[str, list[str]]:
@@ -128,30 +144,25 @@ def _check_option(override: str, groups: Mapping[str, list[str]]) -> None:
     key, equals, name = override.partition("=")
     options = groups[key.lstrip("+~").split("@")[0]]
     if equals and name not in options:
-        near = difflib.get_close_matches(name, options, n=1)
-        hint = f"did you mean {near[0]}?" if near else "known:"
-        raise ValueError(f"{key}={name}: unknown; {hint} {'' if near else ', '.join(options)}".rstrip())
+        near = nearest(name, options)
+        raise ValueError(
+            f"{key}={name}: unknown; {f'did you mean {near}?' if near else 'known: ' + ', '.join(options)}"
+        )
 
 
-def _compose(config_dirs: list[Path], overrides: list[str], *, resolve: bool) -> dict[str, Any]:
+def _compose(config_dirs: list[Path], overrides: list[str], *, resolve: bool = False) -> dict[str, Any]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     path = ",".join(f"file://{folder}" for folder in config_dirs)
     GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = hydra_compose("config", overrides=[f"hydra.searchpath=[{path}]", *overrides])
-            return OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
-    except MissingMandatoryValue as error:
-        key = error.full_key or str(error).rpartition(": ")[2]
-        raise ValueError(f"{key} must be set, for example {key}=VALUE on the command line") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra_compose("config", overrides=[f"hydra.searchpath=[{path}]", *overrides])
+        composed = OmegaConf.to_container(config, resolve=resolve, throw_on_missing=resolve)
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
 
 
 def dotted_keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:

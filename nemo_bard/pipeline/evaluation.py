@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from nemo_bard.base.files import read_json, write_json
 from nemo_bard.base.folders import read_model_type
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Stage
+from nemo_bard.pipeline.schema import EvaluationSettings
 from nemo_bard.pipeline.world import Preempted, World
 
 logger = logging.getLogger(__name__)
 
 
-class Share(Sequence):
-    """Every ``count``-th sample of a data set; raises ``Preempted`` once a signal has come."""
+class Share(Sequence[Any]):
+    """Every ``count``-th sample of a data set, by its number; raises ``Preempted`` once a signal has come."""
 
     def __init__(self, dataset: Any, first: int, count: int, total: int, world: World) -> None:
         self._dataset, self._world = dataset, world
@@ -27,7 +29,7 @@ class Share(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if self._world.stop.received:
             raise Preempted
         return self._dataset[self._indices[index]]
@@ -40,29 +42,30 @@ def open_samples(job: Job) -> Any:
         ValueError: If they cannot be read, or the scorer or a decoding setting is wrong.
     """
     settings = job.evaluation
-    if settings["data"] is None:
+    if settings.data is None:
         return None
     from nemo_bard.data.readers import open_dataset
     from nemo_bard.evaluation.evaluate import resolve_scorer
 
-    dataset = open_dataset(settings["data"], limit=settings["limit"])
-    resolve_scorer(settings["scorer"], dataset)
+    dataset = open_dataset(settings.data, limit=settings.limit)
+    resolve_scorer(settings.scorer, dataset)
     decoding(None, settings)
     return dataset
 
 
-def decoding(folder: Path | None, settings: dict[str, Any]) -> Any:
+def decoding(folder: Path | None, settings: EvaluationSettings) -> Any:
     """Decoding settings: a folder's own, with those of the pipeline on top."""
     from nemo_bard.generation.settings import BardGenerationConfig
 
-    known = folder is not None and read_model_type(folder) == "bard_vl"
-    base = BardGenerationConfig.from_pretrained(folder) if known else BardGenerationConfig()
-    return base.updated(**settings["generation"])
+    base: Any = BardGenerationConfig()
+    if folder is not None and read_model_type(folder) == "bard_vl":
+        base = BardGenerationConfig.from_pretrained(folder)
+    return base.updated(**(settings.generation or {}))
 
 
 def request(job: Job, content: str) -> str:
     """Digest of what a score depends on, the export's content among it."""
-    settings = {key: value for key, value in job.evaluation.items() if key != "pictures"}
+    settings = {key: value for key, value in asdict(job.evaluation).items() if key != "pictures"}
     return manifest.digest({"settings": settings, "content": content})
 
 
@@ -71,7 +74,7 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
 
     Args:
         stage: A finished stage.
-        job: Its chain; ``job.evaluation["data"]`` is not None.
+        job: Its chain; ``job.evaluation.data`` is not None.
         world: The processes; all of them call this.
         export: Folder to load.
         content: Digest of its content.
@@ -99,13 +102,11 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
 
 def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[str, Any] | None:
     """Load the export here and score this rank's samples; None if there are fewer samples than ranks, or a signal."""
-    from dataclasses import asdict
-
     from nemo_bard.evaluation.evaluate import evaluate, resolve_scorer
     from nemo_bard.evaluation.responder import load_checkpoint
 
     settings, dataset = job.evaluation, open_samples(job)
-    total = len(dataset) if settings["limit"] is None else min(settings["limit"], len(dataset))
+    total = len(dataset) if settings.limit is None else min(settings.limit, len(dataset))
     share = Share(dataset, world.rank, world.size, total, world)
     if not len(share):
         return None
@@ -119,9 +120,9 @@ def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[st
             processor,
             share,
             generation_config=config,
-            batch_size=settings["batch_size"],
-            scorer=resolve_scorer(settings["scorer"], dataset),
-            warm_up=settings["warm_up"],
+            batch_size=settings.batch_size,
+            scorer=resolve_scorer(settings.scorer, dataset),
+            warm_up=settings.warm_up,
             progress=world.is_main,
         )
         if draw:
@@ -175,7 +176,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw_pictures(job: Job, model: Any, processor: Any, dataset: Any, config: Any) -> None:
     """Draw the first answers to samples with an image, coloured by denoising step, as ``answers.png``."""
-    count = job.evaluation["pictures"]
+    count = job.evaluation.pictures
     shown = [dataset[i] for i in range(min(4 * count, len(dataset)))] if count else []
     shown = [sample for sample in shown if has_image(sample)][:count]
     if not shown or model.config.model_type != "bard_vl":

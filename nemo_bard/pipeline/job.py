@@ -1,75 +1,123 @@
-"""A composed configuration as a chain of stages: what each reads and writes, and its final recipe.
+"""A composed configuration as a chain of stages, and what a stage is.
 
-Everything that can be wrong with a chain before it runs is found here or in ``checks``.
+Everything that can be wrong with a chain before it runs is found here, in the stage kinds or in ``checks``.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from nemo_bard.base.paths import find_recipe
-from nemo_bard.launch.local import COMMON_KEYS, LAUNCHERS, MODES, PREEMPTION_SIGNALS
-from nemo_bard.train.recipe_file import read_yaml
+from nemo_bard.base.errors import nearest, not_one_of
+from nemo_bard.base.files import sync_folder, sync_tree, write_whole
+from nemo_bard.base.registry import Registry
+from nemo_bard.launch.launchers import LAUNCHERS, LaunchSettings
+from nemo_bard.pipeline.schema import (
+    ChainSettings,
+    DataSettings,
+    EvaluationSettings,
+    FollowingSettings,
+    ModelSettings,
+    StageSettings,
+    read_section,
+)
+from nemo_bard.pipeline.world import World
 
-KEYS = (
-    "name", "run_dir", "order", "keep_last", "overrides", "allow_version_change", "evaluation", "model", "data",
-    "launch", "stage",
-)  # fmt: skip
-EVALUATION_KEYS = ("data", "limit", "batch_size", "scorer", "warm_up", "generation", "pictures")
-MODEL_KEYS = ("name", "source", "mask_token_id", "context_attention", "recipe")
-RECIPE_STAGE_KEYS = (
-    "kind", "recipe", "init", "anchor", "output", "evaluate", "data", "block_size", "max_steps", "global_batch_size",
-    "local_batch_size", "learning_rate", "warmup_steps", "ckpt_every_steps", "overrides",
-)  # fmt: skip
-STAGE_KEYS = {
-    "recipe": RECIPE_STAGE_KEYS,  # "anchor" marks distillation
-    "convert": ("kind", "init", "output", "evaluate", "block_size"),
-    "tiny": ("kind", "output", "evaluate", "seed"),
-}
-SHORT_KEYS = {
-    "block_size": "model.block_size",
-    "max_steps": "step_scheduler.max_steps",
-    "global_batch_size": "step_scheduler.global_batch_size",
-    "local_batch_size": "step_scheduler.local_batch_size",
-    "ckpt_every_steps": "step_scheduler.ckpt_every_steps",
-    "learning_rate": "optimizer.lr",
-    "warmup_steps": "lr_scheduler.lr_warmup_steps",
-}
-"""Keys of a stage -> keys of its recipe."""
-INIT_KEY = "model.pretrained_model_name_or_path"
-ANCHOR_KEY = "anchor.pretrained_model_name_or_path"
-OWN_KEYS = (
-    INIT_KEY, ANCHOR_KEY, "checkpoint.checkpoint_dir", "checkpoint.enabled", "checkpoint.restore_from",
-    "checkpoint.save_consolidated", "checkpoint.max_recent_checkpoints", "checkpoint.is_async",
-    "step_scheduler.preemption_signal",
-)  # fmt: skip
-"""Keys of a recipe that the chain itself sets; ``overrides`` must not."""
 RUN_DIR = "<run_dir>"
 """Stands for the run directory in what is compared between runs, so that a run directory can be moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a stage stands in its chain, for ``Stage.make``."""
+
+    name: str
+    run_dir: Path
+    chain: ChainSettings
+    model: ModelSettings
+    before: Sequence[Stage]
+    """Stages before it."""
+    after: Sequence[Mapping[str, Any]]
+    """Sections of the stages after it."""
+
+    @property
+    def where(self) -> str:
+        """Its section."""
+        return f"stage.{self.name}"
+
+    def previous(self) -> str:
+        """Name of the stage before.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if not self.before:
+            raise ValueError(
+                f"{self.where} is the first stage and needs a start: set model.source or {self.where}.init"
+            )
+        return self.before[-1].name
+
+    def block_size_of(self, name: str) -> int | None:
+        """Block size of an earlier stage; None for anything else."""
+        return next((stage.block_size for stage in self.before if stage.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a chain."""
+    """One stage of a chain; every kind is a subclass.
+
+    A kind of a package's own overrides ``write`` (or ``run``, if all processes have work to do), and what else differs. It
+    becomes known by an entry point of the group ``nemo_bard.stages``, or by its dotted name as ``kind``.
+    """
+
+    Settings: ClassVar[type[StageSettings]] = FollowingSettings
+    """Its section; with the kind ``k``, ``conf/stage/k.yaml`` may be just ``kind: k``."""
+    trains: ClassVar[bool] = False
+    """Whether it trains with blocks, which grow along a chain."""
 
     name: str
     kind: str
-    """``tiny``, ``convert`` or ``recipe``."""
     folder: Path
-    evaluate: bool
+    settings: Any
+    """An instance of ``Settings``."""
     inputs: dict[str, str] = field(default_factory=dict)
     """What it reads, by use (``init``, ``anchor``): the name of an earlier stage, a folder, or a Hugging Face name."""
     block_size: int | None = None
-    recipe: dict[str, Any] | None = None
-    """Final recipe of a training stage as it stands in ``stage.yaml``: environment variables not filled in."""
-    recipe_path: Path | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What else the result depends on, of stages without a recipe."""
+    """Of the model that it hands on; None: it reads token by token."""
+
+    # ------------------ from the configuration ------------------
+    @classmethod
+    def settings_for(cls, section: Mapping[str, Any]) -> type[StageSettings]:
+        """The class of the stage's settings, which may depend on what its section says."""
+        del section
+        return cls.Settings
+
+    @classmethod
+    def make(cls, settings: Any, place: Place) -> Self:
+        """Build the stage; one that starts from another stage has its block size.
+
+        Raises:
+            ValueError: If it has no start.
+        """
+        inputs = {}
+        if isinstance(settings, FollowingSettings):
+            inputs["init"] = settings.init or place.previous()
+        return cls(**cls.common(settings, place), inputs=inputs, block_size=place.block_size_of(inputs.get("init", "")))
+
+    @staticmethod
+    def common(settings: Any, place: Place) -> dict[str, Any]:
+        """The fields that are the same for all kinds."""
+        folder = place.run_dir / (settings.output or place.name)
+        return {"name": place.name, "kind": settings.kind, "folder": folder, "settings": settings}
+
+    # ------------------ files ------------------
+    @property
+    def evaluate(self) -> bool:
+        """Whether its export is scored."""
+        return self.settings.evaluate
 
     @property
     def export(self) -> Path:
@@ -81,6 +129,125 @@ class Stage:
         """Folder of training checkpoints and metrics."""
         return self.folder / "checkpoints"
 
+    def reads(self) -> dict[str, Path]:
+        """Files and folders that it reads besides its inputs, by use."""
+        return {}
+
+    # ------------------ what it is made from ------------------
+    def compared(self) -> dict[str, Any]:
+        """What its result depends on besides its inputs: all settings that are its kind's own."""
+        common = {one.name for one in dataclasses.fields(FollowingSettings)}
+        return {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in common}
+
+    def shown(self) -> dict[str, Any]:
+        """What ``--cfg`` prints of it."""
+        return {"kind": self.kind, "inputs": self.inputs, **self.compared()}
+
+    def heading(self) -> str:
+        """A line that ``--cfg`` prints before it, if any."""
+        return ""
+
+    def title(self) -> str:
+        """What a run says when it comes to the stage."""
+        return ", ".join([self.kind, *(f"from {value}" for use, value in self.inputs.items() if use == "init")])
+
+    # ------------------ checks ------------------
+    def check_inputs(self, job: Job) -> None:
+        """Check, quickly, that what it reads is there.
+
+        Raises:
+            ValueError: If its start is neither an earlier stage nor a folder.
+        """
+        name = self.inputs.get("init")
+        if name is None:
+            return
+        if name in job.names:
+            self.check_earlier("init", job)
+        elif not Path(name).is_dir():
+            raise ValueError(f"stage.{self.name}.init={name} is neither an earlier stage nor a folder")
+
+    def check_earlier(self, use: str, job: Job) -> None:
+        """Check that an input that is a stage comes before this one.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        name = self.inputs[use]
+        if job.names.index(name) >= job.names.index(self.name):
+            raise ValueError(f"stage.{self.name}.{use}={name} must be an earlier stage of order={job.names}")
+
+    def check(self, job: Job) -> None:
+        """Check everything that can be known before it runs; inputs that other stages make need not be there.
+
+        Raises:
+            ValueError: One line that names the stage, the key, its value and what is allowed.
+        """
+
+    def check_processes(self, processes: int) -> None:
+        """Check that it can run in so many processes.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
+    # ------------------ work ------------------
+    def begin(self) -> None:
+        """Write, on rank 0, what its folder holds from the start."""
+
+    def run(self, job: Job, world: World) -> bool:
+        """Bring it to its end, from wherever it was left; all processes call this.
+
+        Returns:
+            Whether the export is there; False if a signal came first and everything is saved.
+        """
+        world.on_main(lambda: self._write_whole(job))
+        return True
+
+    def _write_whole(self, job: Job) -> None:
+        with write_whole(self.export) as folder:
+            self.write(folder, job)
+            sync_tree(folder)
+        sync_folder(self.export.parent)
+
+    def write(self, folder: Path, job: Job) -> None:
+        """Write the export; only rank 0 calls this.
+
+        Args:
+            folder: An empty folder, which becomes ``export`` if nothing goes wrong.
+            job: The chain; ``job.input_path(self.inputs["init"])`` is the folder to start from.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither write nor run")
+
+
+def _check_kind(name: str, thing: Any) -> None:
+    if not (isinstance(thing, type) and issubclass(thing, Stage)):
+        raise ValueError(f"stage kind: {name} must be a class derived from nemo_bard.pipeline.Stage")
+
+
+STAGE_KINDS: Registry[type[Stage]] = Registry(
+    "stage kind",
+    "nemo_bard.stages",
+    {
+        "recipe": "nemo_bard.pipeline.recipe_stage.RecipeStage",
+        "convert": "nemo_bard.pipeline.start_stages.ConvertStage",
+        "tiny": "nemo_bard.pipeline.start_stages.TinyStage",
+    },
+    check=_check_kind,
+)
+"""``kind`` -> class."""
+
+
+def find_kind(name: str, section: Mapping[str, Any]) -> type[Stage]:
+    """The class of a stage's kind.
+
+    Raises:
+        ValueError: If there is no such kind (the nearest one is named), or it cannot be imported.
+    """
+    kind = section.get("kind")
+    if kind not in STAGE_KINDS and not (isinstance(kind, str) and "." in kind):
+        raise not_one_of(f"stage.{name}.kind", kind, STAGE_KINDS)
+    return STAGE_KINDS.get(kind)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -89,26 +256,29 @@ class Job:
     name: str
     run_dir: Path
     stages: tuple[Stage, ...]
-    keep_last: int
     allow_version_change: bool
-    evaluation: dict[str, Any]
-    model: dict[str, Any]
-    launch: dict[str, Any]
+    evaluation: EvaluationSettings
+    model: ModelSettings
+    launch: LaunchSettings
     config: dict[str, Any]
     """The composed configuration."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [stage.name for stage in self.stages]
 
     def stage(self, name: str) -> Stage:
         """Return the stage ``name``; ValueError if there is none."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise ValueError(f"no stage {name!r} in this chain; stages: {', '.join(s.name for s in self.stages)}")
+        raise ValueError(f"no stage {name!r} in this chain; stages: {', '.join(self.names)}")
 
     def input_path(self, value: str) -> Path | str:
         """Turn an input of a stage into a folder: an earlier stage's export, else what it is."""
-        names = {stage.name: stage for stage in self.stages}
-        if value in names:
-            return names[value].export
+        if value in self.names:
+            return self.stage(value).export
         return Path(value) if Path(value).is_dir() else value
 
 
@@ -118,182 +288,42 @@ def make_job(config: Mapping[str, Any]) -> Job:
     Raises:
         ValueError: One line naming the key, its value and what is allowed.
     """
-    _check_keys("", config, KEYS)
-    order, stages = config["order"], config["stage"]
-    if not isinstance(order, list) or not order:
-        raise ValueError(f"order must be a list of stages, got {order!r}")
-    if not isinstance(config["run_dir"], str) or not config["run_dir"]:
-        raise ValueError(f"run_dir must name a folder, got {config['run_dir']!r}")
-    for name in order:
-        if name not in stages:
-            near = difflib.get_close_matches(str(name), stages, n=1)
-            raise ValueError(
-                f"order: no stage {name!r}{f', did you mean {near[0]}?' if near else ''}; stages: {', '.join(stages)}"
-            )
-        if order.count(name) > 1:
+    chain = read_section(ChainSettings, config, "")
+    for name in chain.order:
+        if name not in chain.stage:
+            near = nearest(name, chain.stage)
+            hint = f", did you mean {near}?" if near else ""
+            raise ValueError(f"order: no stage {name!r}{hint}; stages: {', '.join(chain.stage)}")
+        if not isinstance(chain.stage[name], Mapping):
+            raise ValueError(f"stage.{name} must be a section, got {chain.stage[name]!r}")
+        if chain.order.count(name) > 1:
             raise ValueError(f"order: stage {name} is there twice, and would write one directory twice")
-    _check_sections(config)
-    run_dir = Path(config["run_dir"]).absolute()
+    model = read_section(ModelSettings, chain.model, "model")
+    known = [one.name for one in dataclasses.fields(DataSettings)]
+    read_section(DataSettings, {key: value for key, value in chain.data.items() if key in known}, "data")
+    launcher = LAUNCHERS.get(chain.launch.get("name"))
+    launch = read_section(launcher.Settings, chain.launch, "launch")
+    launcher().check(launch)
+    run_dir = Path(chain.run_dir).absolute()
     built: list[Stage] = []
-    for index, name in enumerate(order):
-        built.append(_make_stage(name, stages[name], config, run_dir, built, order[index + 1 :]))
+    for index, name in enumerate(chain.order):
+        section = chain.stage[name]
+        kind = find_kind(name, section)
+        settings = read_section(kind.settings_for(section), section, f"stage.{name}")
+        after = [chain.stage[later] for later in chain.order[index + 1 :]]
+        place = Place(name=name, run_dir=run_dir, chain=chain, model=model, before=tuple(built), after=after)
+        built.append(kind.make(settings, place))
     _check_outputs(built, run_dir)
     return Job(
-        name=config["name"],
+        name=chain.name,
         run_dir=run_dir,
         stages=tuple(built),
-        keep_last=config["keep_last"],
-        allow_version_change=config["allow_version_change"],
-        evaluation=config["evaluation"],
-        model=config["model"],
-        launch=config["launch"],
+        allow_version_change=chain.allow_version_change,
+        evaluation=read_section(EvaluationSettings, chain.evaluation, "evaluation"),
+        model=model,
+        launch=launch,
         config=dict(config),
     )
-
-
-def _check_sections(config: Mapping[str, Any]) -> None:
-    _count("keep_last", config["keep_last"])
-    for key in ("allow_version_change",):
-        _flag(key, config[key])
-    _check_keys("model", config["model"], MODEL_KEYS)
-    _check_keys("evaluation", config["evaluation"], EVALUATION_KEYS)
-    for key in ("limit", "batch_size", "pictures"):
-        if config["evaluation"][key] is not None:
-            _count(f"evaluation.{key}", config["evaluation"][key], least=0 if key == "pictures" else 1)
-    launch = config["launch"]
-    if launch.get("name") not in LAUNCHERS:
-        raise ValueError(f"launch.name must be one of {', '.join(LAUNCHERS)}, got {launch.get('name')!r}")
-    _check_keys("launch", launch, (*COMMON_KEYS, *LAUNCHERS[launch["name"]].keys))
-    if launch["mode"] not in MODES:
-        near = difflib.get_close_matches(str(launch["mode"]), MODES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"launch.mode must be one of {', '.join(MODES)}, got {launch['mode']!r}{hint}")
-    for key in ("timeout_minutes", "grace_seconds"):
-        _count(f"launch.{key}", launch[key])
-    if launch["processes"] is not None:
-        _count("launch.processes", launch["processes"])
-
-
-def _make_stage(
-    name: str,
-    section: Mapping[str, Any],
-    config: Mapping[str, Any],
-    run_dir: Path,
-    before: list[Stage],
-    after: list[str],
-) -> Stage:
-    where = f"stage.{name}"
-    kind = section.get("kind")
-    if kind not in STAGE_KEYS:
-        raise ValueError(f"{where}.kind must be one of {', '.join(STAGE_KEYS)}, got {kind!r}")
-    _check_keys(where, section, STAGE_KEYS[kind])
-    for key in ("block_size", "max_steps", "global_batch_size", "local_batch_size", "ckpt_every_steps"):
-        if section.get(key) is not None:
-            _count(f"{where}.{key}", section[key])
-    _flag(f"{where}.evaluate", section["evaluate"])
-    folder = run_dir / (section.get("output") or name)
-    common = {"name": name, "kind": kind, "folder": folder, "evaluate": section["evaluate"]}
-    if kind == "tiny":
-        return Stage(**common, settings={"seed": section["seed"]})
-    if kind == "convert":
-        source = section["init"] or config["model"]["source"]
-        inputs = {"init": source} if source else {"init": _previous(where, before)}
-        block_size = section["block_size"] or _first_block_size(where, config, after)
-        settings = {key: config["model"][key] for key in ("mask_token_id", "context_attention")}
-        return Stage(**common, inputs=inputs, block_size=block_size, settings={**settings, "block_size": block_size})
-    inputs = {"init": section["init"] or _previous(where, before)}
-    if "anchor" in section:
-        inputs["anchor"] = section["anchor"] or _smallest_blocks(where, before)
-    path = find_recipe(section["recipe"])
-    stage = Stage(**common, inputs=inputs, block_size=section["block_size"], recipe_path=path)
-    return Stage(**{**stage.__dict__, "recipe": _final_recipe(stage, section, config, before)})
-
-
-def _previous(where: str, before: list[Stage]) -> str:
-    if not before:
-        raise ValueError(f"{where} is the first stage and needs a start: set model.source or {where}.init")
-    return before[-1].name
-
-
-def _first_block_size(where: str, config: Mapping[str, Any], after: list[str]) -> int:
-    for name in after:
-        size = config["stage"][name].get("block_size")
-        if size is not None:
-            return size
-    raise ValueError(f"{where}.block_size must be set: no later stage has one")
-
-
-def _smallest_blocks(where: str, before: list[Stage]) -> str:
-    trained = [stage for stage in before if stage.kind == "recipe" and stage.block_size]
-    if not trained:
-        raise ValueError(f"{where}.anchor must be set: no earlier stage can be the anchor")
-    return min(trained, key=lambda stage: stage.block_size).name
-
-
-def _final_recipe(
-    stage: Stage, section: Mapping[str, Any], config: Mapping[str, Any], before: list[Stage]
-) -> dict[str, Any]:
-    """The recipe file with what the model, the data, the user and the chain say, in this order."""
-    recipe = copy.deepcopy(read_yaml(stage.recipe_path))
-    where = f"stage.{stage.name}"
-    _merge(recipe, config["model"].get("recipe") or {})
-    if section["data"]:
-        _merge(recipe, config["data"].get("recipe") or {})
-        validation = recipe.get("validation_dataset")
-        if isinstance(validation, Mapping) and "path" in validation and validation["path"] is None:
-            recipe.pop("validation_dataset")
-            recipe.pop("validation_dataloader", None)
-    for key, dotted in SHORT_KEYS.items():
-        if section.get(key) is not None:
-            _merge(recipe, _nested(dotted, section[key]))
-    for origin, extra in (("overrides", config["overrides"]), (f"{where}.overrides", section["overrides"])):
-        for dotted in _leaves(extra):
-            if dotted in OWN_KEYS or dotted == "recipe":
-                raise ValueError(f"{origin}.{dotted}: the chain sets this key itself; remove it")
-        _merge(recipe, extra)
-    exports = {earlier.name: str(earlier.export) for earlier in before}
-    own: dict[str, Any] = {
-        INIT_KEY: exports.get(stage.inputs["init"], stage.inputs["init"]),
-        "checkpoint.enabled": True,
-        "checkpoint.checkpoint_dir": str(stage.checkpoints),
-        "checkpoint.save_consolidated": "final",
-        "checkpoint.is_async": False,
-        "checkpoint.max_recent_checkpoints": config["keep_last"],
-        "step_scheduler.preemption_signal": list(PREEMPTION_SIGNALS),
-    }
-    packing = recipe.get("packing") or {}
-    if packing.get("max_length") is not None and packing.get("cache_dir") is None:
-        own["packing.cache_dir"] = str(Path(config["run_dir"]).absolute() / "lengths")  # one file serves all stages
-    if "anchor" in stage.inputs:
-        own[ANCHOR_KEY] = exports.get(stage.inputs["anchor"], stage.inputs["anchor"])
-    for dotted, value in own.items():
-        _merge(recipe, _nested(dotted, value))
-    return recipe
-
-
-def _merge(recipe: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge ``extra`` into ``recipe``, in place: a section with ``_target_`` replaces, null removes a section."""
-    for key, value in extra.items():
-        old = recipe.get(key)
-        if isinstance(value, Mapping) and isinstance(old, dict) and "_target_" not in value:
-            _merge(old, value)
-        elif value is None and isinstance(old, Mapping):
-            recipe.pop(key)
-        else:
-            recipe[key] = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
-
-
-def _nested(dotted: str, value: object) -> dict[str, Any]:
-    for name in reversed(dotted.split(".")):
-        value = {name: value}
-    return value
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name, value in node.items():
-        names += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [f"{prefix}{name}"]
-    return names
 
 
 def _check_outputs(stages: list[Stage], run_dir: Path) -> None:
@@ -304,24 +334,3 @@ def _check_outputs(stages: list[Stage], run_dir: Path) -> None:
             a, b = stage.folder.resolve(), other.folder.resolve()
             if a == b or a in b.parents or b in a.parents:
                 raise ValueError(f"stages {other.name} and {stage.name} would write one directory: {a}")
-
-
-def _check_keys(section: str, keys: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown key {section}{'.' if section else ''}{key}; {hint}")
-    missing = [key for key in known if key not in keys and key != "anchor"]
-    if missing:
-        raise ValueError(f"{section or 'the configuration'} lacks the key {missing[0]}")
-
-
-def _count(key: str, value: object, *, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be an integer >= {least}, got {value!r}")
-
-
-def _flag(key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false, got {value!r}")

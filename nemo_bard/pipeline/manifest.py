@@ -113,9 +113,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     Returns:
         The checkpoint or None, and what is wrong with newer ones, one line each.
     """
-    candidates = [path for path in folder.glob("epoch_*_step_*") if path.is_dir() and _step_of(path) is not None]
+    found = [(_step_of(path), path) for path in folder.glob("epoch_*_step_*") if path.is_dir()]
     wrong = []
-    for path in sorted(candidates, key=_step_of, reverse=True):
+    for _, path in sorted(((step, path) for step, path in found if step is not None), reverse=True):
         problem = checkpoint_problem(path)
         if problem is None:
             return path, wrong

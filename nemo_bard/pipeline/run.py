@@ -14,16 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_bard.base.files import locked, read_json, write_json, write_text, write_whole
-from nemo_bard.base.folders import read_model_type
-from nemo_bard.launch.local import EXIT_PREEMPTED, LAUNCHERS, note_complete, note_progress, under_torchrun
+from nemo_bard.base.files import locked, read_json, write_json, write_text
+from nemo_bard.launch.exits import EXIT_PREEMPTED, note_complete, note_progress, under_torchrun
+from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.pipeline import checks, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
 from nemo_bard.pipeline.job import Job, Stage, make_job
-from nemo_bard.pipeline.training import final_export, train
+from nemo_bard.pipeline.recipe_stage import dump
 from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
 from nemo_bard.report.run import duration, write_report
 from nemo_bard.upstream.console import allow_all_lines, keep_to_own_lines
@@ -62,7 +60,7 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
-        if under_torchrun() and words.stage is None and job.launch["mode"] == "per_stage":
+        if under_torchrun() and words.stage is None and job.launch.mode == "per_stage":
             raise ValueError("launch.mode=per_stage starts a torchrun for each stage itself; run it without torchrun")
         return cls(job, only=words.stage)
 
@@ -83,9 +81,9 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
-        launcher = LAUNCHERS[job.launch["name"]]
+        launcher = LAUNCHERS.get(job.launch.name)()
         if words.cfg:
-            sys.stdout.write(describe(job))
+            sys.stdout.write(job_as_yaml(job))
             sys.stdout.flush()
             checks.check_chain(job)
             checks.check_world(job, launcher.world_size(job.launch, processes))
@@ -110,7 +108,7 @@ class Pipeline:
         die_with_launcher()
         self.world.stop.install()
         keep_to_own_lines()
-        self.world.connect(self.job.launch["timeout_minutes"])
+        self.world.connect(self.job.launch.timeout_minutes)
         self.world.on_main(self._take)
 
     def _take(self) -> None:
@@ -153,17 +151,14 @@ class Pipeline:
             self.world.on_main(lambda: self._refuse_finished_successors(stage))
             if self.world.should_stop():
                 return False
-            self.say(f"{head}: {self._what(stage)}")
+            self.say(f"{head}: {stage.title()}")
             begin = time.monotonic()
             started = self.world.on_main(lambda: self._start(stage))
-            if stage.kind == "recipe":
-                if not train(stage, self.job, self.world):
-                    return False
-            else:
-                self.world.on_main(lambda: self._make(stage))
+            if not stage.run(self.job, self.world):
+                return False
             record = self.world.on_main(lambda: self._finish(stage, started, time.monotonic() - begin))
         self._known = record
-        if stage.evaluate and self.job.evaluation["data"] is not None:
+        if stage.evaluate and self.job.evaluation.data is not None:
             if self.world.should_stop():
                 return False
             export = manifest.export_of(self.job, record)
@@ -172,18 +167,6 @@ class Pipeline:
             scores = ", ".join(f"{name.replace('_', ' ')} {100 * v:.1f} %" for name, v in scored["scores"].items())
             self.say(f"{head}: {scores}, {scored['tpf']:.2f} tokens per forward")
         return not self.world.should_stop() or stage is self.job.stages[-1]
-
-    def _what(self, stage: Stage) -> str:
-        if stage.recipe is None:
-            return {"tiny": "a tiny Qwen3-VL with random weights", "convert": "start point"}[stage.kind]
-        steps = stage.recipe["step_scheduler"]
-        unit = "packed rows" if (stage.recipe.get("packing") or {}).get("max_length") else "samples"
-        text = f"{steps.get('max_steps') or '?'} steps of {steps['global_batch_size']} {unit}"
-        if stage.block_size:
-            text = f"B = {stage.block_size}, {text}"
-        if "anchor" in stage.inputs:
-            text += f", anchor {stage.inputs['anchor']}"
-        return f"{text}, from {stage.inputs['init']}"
 
     def _refuse_finished_successors(self, stage: Stage) -> None:
         """A stage whose export went into a finished one is not made anew behind its back, except to the same end."""
@@ -210,37 +193,12 @@ class Pipeline:
                 )
         started = {**now, "processes": self.world.size}
         write_json(stage.folder / manifest.STARTED, started)
-        if stage.recipe is not None:
-            write_text(stage.folder / manifest.STAGE_YAML, dump(stage.recipe))
+        stage.begin()
         return started
 
-    def _make(self, stage: Stage) -> None:
-        """Write the export of a stage without training; rank 0."""
-        if stage.kind == "tiny":
-            from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
-
-            with write_whole(stage.export) as folder:
-                make_tiny_qwen3_vl(folder, seed=stage.settings["seed"])
-            return
-        from nemo_bard.checkpoints.convert import convert
-
-        name = stage.inputs["init"]
-        source = self.job.input_path(name)
-        if not isinstance(source, Path):
-            source = checks.download(f"stage.{stage.name}", name)
-        if read_model_type(source) == "bard_vl":
-            manifest.link_export(source, stage.export)
-            return
-        convert(source, stage.export, **stage.settings, overwrite=stage.export.exists())
-
     def _finish(self, stage: Stage, started: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Link the export of a trained stage and write the manifest; rank 0."""
-        if stage.kind == "recipe":
-            source = final_export(stage)
-            assert source is not None
-            manifest.link_export(source, stage.export)
-            progress = read_json(stage.folder / manifest.PROGRESS) or {}
-            seconds = progress.get("seconds", seconds)
+        """Write the manifest of a stage whose export is there; rank 0."""
+        seconds = (read_json(stage.folder / manifest.PROGRESS) or {}).get("seconds", seconds)
         record = manifest.finish(stage, self.job, started, seconds=seconds, finished_at=time.time())
         self.say(f"      {stage.name}: done in {duration(seconds)}, {stage.export}")
         note_progress()
@@ -281,20 +239,10 @@ def take_run_dir(job: Job) -> None:
     write_text(job.run_dir / manifest.COMPOSED, dump(job.config))
 
 
-def dump(value: Mapping[str, Any]) -> str:
-    """YAML in the order of keys."""
-    return yaml.safe_dump(dict(value), sort_keys=False, default_flow_style=None, width=120)
-
-
-def describe(job: Job) -> str:
+def job_as_yaml(job: Job) -> str:
     """The composed job and every stage's final recipe as one YAML stream (``--cfg``)."""
     parts = [f"# job {job.name}: the composed configuration\n{dump(job.config)}"]
     for index, stage in enumerate(job.stages, 1):
         head = f"# stage {index}/{len(job.stages)}: {stage.name}, written to {stage.folder}\n"
-        if stage.recipe is None:
-            body = dump({"kind": stage.kind, "inputs": stage.inputs, **stage.settings})
-        else:
-            head += f"# {stage.recipe_path.name} with the overrides of this job\n"
-            body = dump(stage.recipe)
-        parts.append(head + body)
+        parts.append(head + stage.heading() + dump(stage.shown()))
     return "---\n".join(parts)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import read_json, sync_tree, write_json
-from nemo_bard.launch.local import PREEMPTION_SIGNALS, note_progress
+from nemo_bard.launch.exits import PREEMPTION_SIGNALS, note_progress
 from nemo_bard.pipeline import manifest
-from nemo_bard.pipeline.job import Job, Stage
+from nemo_bard.pipeline.job import Stage
 from nemo_bard.pipeline.world import World
 from nemo_bard.report.run import duration
 from nemo_bard.train.recipe_file import load_config, load_recipe_class
@@ -26,12 +26,12 @@ LINE_SECONDS = 60.0
 """Between two lines about a stage where no progress bar can be drawn, such as a job's log."""
 
 
-def train(stage: Stage, job: Job, world: World) -> bool:
+def train(stage: Stage, recipe: dict[str, Any], world: World) -> bool:
     """Train a stage from its newest whole checkpoint to its end, or until a signal.
 
     Args:
-        stage: A stage with a recipe; its ``stage.yaml`` is written.
-        job: Its chain.
+        stage: A stage whose ``stage.yaml`` is written.
+        recipe: What that file holds.
         world: The processes; all of them call this.
 
     Returns:
@@ -42,21 +42,21 @@ def train(stage: Stage, job: Job, world: World) -> bool:
     """
     resume = world.on_main(lambda: prepare_resume(stage))
     path = stage.folder / manifest.STAGE_YAML
-    recipe_class = load_recipe_class(path, stage.recipe)
+    recipe_class = load_recipe_class(path, recipe)
     config = load_config(path, [])
     config.set_by_dotted("checkpoint.restore_from", None if resume is None else str(resume))
-    recipe = recipe_class(config)
+    trainer = recipe_class(config)
     try:
-        recipe.setup()
-        for loader in loaders_of(recipe):
+        trainer.setup()
+        for loader in loaders_of(trainer):
             shield_workers(loader, PREEMPTION_SIGNALS)
         if world.should_stop():
             return False
-        Watch(recipe, stage, world).start()
-        recipe.run_train_validation_loop()
-        preempted = bool(recipe.step_scheduler.sigterm_flag)
+        Watch(trainer, stage, world).start()
+        trainer.run_train_validation_loop()
+        preempted = bool(trainer.step_scheduler.sigterm_flag)
     finally:
-        teardown(recipe)
+        teardown(trainer)
     world.stop.received |= preempted
     done = world.on_main(lambda: final_export(stage) is not None)
     if not done and not preempted:
@@ -217,8 +217,9 @@ def teardown(recipe: Any) -> None:
         optimizer.state.clear()
         optimizer.param_groups.clear()
     for name in ("metric_logger_train", "metric_logger_valid", "checkpointer"):
-        if hasattr(closable := getattr(recipe, name, None), "close"):
-            closable.close()
+        close = getattr(getattr(recipe, name, None), "close", None)
+        if close is not None:
+            close()
     if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()
     if (mlflow := sys.modules.get("mlflow")) is not None and mlflow.active_run() is not None:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from nemo_bard.base.errors import USER_ERRORS
-from nemo_bard.launch.local import EXIT_USER_ERROR, PREEMPTION_SIGNALS, under_torchrun
+from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS
+from nemo_bard.launch.exits import PREEMPTION_SIGNALS, under_torchrun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

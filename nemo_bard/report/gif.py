@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nemo_bard.report.trace import STEP_COLORS, Color, blend, ink_on
-
-if TYPE_CHECKING:
-    from nemo_bard.report.trace import Change, Step, Trace
+from nemo_bard.report.colors import STEP_COLORS, Color, blend, ink_on
+from nemo_bard.report.trace import Change, Step, Trace
 
 _WIDTH, _MARGIN = 960, 24
 _MAX_BODY = 640

@@ -6,14 +6,11 @@ import base64
 import html
 import io
 import json
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from nemo_bard.report.trace import CONFIDENCE_COLORS, STEP_COLORS
-
-if TYPE_CHECKING:
-    from nemo_bard.report.trace import Trace
+from nemo_bard.report.colors import CONFIDENCE_COLORS, STEP_COLORS
+from nemo_bard.report.trace import Trace
 
 _THUMBNAIL = 320
 

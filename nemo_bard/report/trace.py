@@ -1,11 +1,10 @@
-"""Show how a response came about: the denoising step by step, as a self-contained HTML page or as a GIF."""
+"""How a response came about: the denoising step by step, as plain data that pages and pictures are drawn from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -170,48 +169,3 @@ def _describe_prompt(conversation: Sequence[dict[str, Any]]) -> tuple[list[tuple
                 images.append(image.open_image() if isinstance(image, MediaSource) else image)
         turns.append((message["role"], text))
     return turns, images
-
-
-def write_visualization(trace: Trace, path: str | Path) -> None:
-    """Write a trace as ``.html`` or ``.gif``.
-
-    Args:
-        trace: What ``make_trace`` returned.
-        path: File to write; its ending decides.
-
-    Raises:
-        ValueError: For another ending.
-    """
-    from nemo_bard.report import gif as visualize_gif
-    from nemo_bard.report import page as visualize_page
-
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in (".html", ".htm"):
-        path.write_text(visualize_page.render_page(trace), encoding="utf-8")
-    elif suffix == ".gif":
-        visualize_gif.write_gif(trace, path)
-    else:
-        raise ValueError(f"a visualisation must end in .html or .gif, got {path}")
-
-
-Color = tuple[int, int, int]
-STEP_COLORS: tuple[Color, ...] = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Viridis from the first to the last step: rises in lightness, so it also works in grey and for the colour-blind."""
-CONFIDENCE_COLORS: tuple[Color, ...] = ((179, 84, 30), (240, 222, 178), (31, 111, 139))
-"""Orange over sand to blue, from 0 to 1."""
-
-
-def blend(colors: Sequence[Color], share: float) -> Color:
-    """Colour at ``share`` in [0, 1] of a scale."""
-    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
-    low = min(int(place), len(colors) - 2)
-    part = place - low
-    return tuple(round(a + (b - a) * part) for a, b in zip(colors[low], colors[low + 1], strict=True))
-
-
-def ink_on(color: Color) -> Color:
-    """Black or white, whichever reads better on ``color`` (WCAG relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (255, 255, 255) if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else (0, 0, 0)

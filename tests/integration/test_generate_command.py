@@ -55,7 +55,8 @@ def refused(result):
 def test_every_setting_is_a_flag():
     from nemo_bard import BardGenerationConfig
 
-    assert {*options.DECODING, *options.RETURN_SETTINGS} == set(BardGenerationConfig.known_keys())
+    returned = {"return_dict_in_generate", "return_step_stats", "output_history"}
+    assert {*options.decoding_fields(), *returned} == set(BardGenerationConfig.known_keys())
 
 
 def test_one_prompt(call, folder, tmp_path):

@@ -16,8 +16,8 @@ import yaml
 
 from nemo_bard.base.paths import conf_dir, find_recipe
 from nemo_bard.cli.app import main
-from nemo_bard.launch import local as launch
 from nemo_bard.launch import slurm
+from nemo_bard.launch.exits import COMPLETE
 from nemo_bard.pipeline.status import read_status, render
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -264,7 +264,7 @@ def test_a_cancelled_job_does_not_come_back(on_cluster, tmp_path, capsys):
         "partition": "pair",
         "python": str(program),
     }
-    assert slurm.submit(section, ("a",), find_recipe("bard_tiny"), [], None) == 0
+    assert slurm.submit(slurm.SlurmSettings(**section), ("a",), find_recipe("bard_tiny"), [], None) == 0
     number = re.search(r"job (\d+),", capsys.readouterr().out)[1]
     wait_for(lambda: len(list(tmp_path.glob("started-*"))) == 2, 120, "two tasks", tmp_path / "slurm" / f"{number}.log")
     assert slurm.find_job(tmp_path / "slurm") == (number, "RUNNING")
@@ -273,4 +273,4 @@ def test_a_cancelled_job_does_not_come_back(on_cluster, tmp_path, capsys):
     assert on_cluster(number) == "CANCELLED"
     log = (tmp_path / "slurm" / f"{number}.log").read_text()
     assert "back into the queue" not in log
-    assert launch.COMPLETE not in {file.suffix for file in (tmp_path / "slurm").iterdir()}
+    assert COMPLETE not in {file.suffix for file in (tmp_path / "slurm").iterdir()}

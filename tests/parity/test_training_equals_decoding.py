@@ -84,8 +84,9 @@ def training_forward(model, context, responses, block_size, noisy_ids, vision):
 
 def decoding_logits(model, engine_class, context, responses, block_size, noisy_ids, vision, static=False):
     """The same logits from the decoder's engine: each turn has its own prompt, and its clean blocks are committed."""
-    from nemo_bard.generation.generate import resolve_settings
     from nemo_bard.generation.prompt import prepare_prompt
+    from nemo_bard.generation.resolve import resolve_settings
+    from nemo_bard.generation.session import Session
     from nemo_bard.generation.settings import BardGenerationConfig
 
     cursor, found = 0, []
@@ -101,13 +102,14 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
             model,
             {"input_ids": context[:start].unsqueeze(0), **vision},
             block_size=block_size,
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=settings.given.max_new_tokens,
             end_ids=[END],
         )
-        engine = engine_class(model, prompt, settings)
+        session = Session(model, prompt, settings)
+        engine = engine_class(session)
         positions = torch.arange(block_size)
         with torch.no_grad():
-            engine.encode_vision()
+            session.encode_vision()
             for block in range(blocks):
                 canvas = noisy_ids[cursor : cursor + block_size].unsqueeze(0)
                 if block == 0:
@@ -129,7 +131,7 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
 def test_training_forward_equals_cached_decoding(
     noise, block_size, context_attention, image, engine_name, golden_model, vision
 ):
-    from nemo_bard.generation.decode import FastEngine, PlainEngine
+    from nemo_bard.generation.engines import FastEngine, PlainEngine
 
     model = load(golden_model, context_attention, block_size)
     vision = vision if image else {}

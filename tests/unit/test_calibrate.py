@@ -12,7 +12,12 @@ from nemo_bard.generation.settings import BardGenerationConfig
 
 def setting(size=4, steps=4, threshold=0.5):
     strategy = "low_confidence_dynamic" if threshold is not None else "low_confidence_static"
-    return cal.Setting(block_size=size, denoising_steps=steps, strategy=strategy, confidence_threshold=threshold)
+    parameters = (("confidence_threshold", threshold),) if threshold is not None else ()
+    return cal.Setting(block_size=size, denoising_steps=steps, strategy=strategy, parameters=parameters)
+
+
+def threshold_of(setting):
+    return dict(setting.parameters).get("confidence_threshold")
 
 
 def point(score, speed, tpf=1.0, **kwargs):
@@ -23,15 +28,15 @@ def point(score, speed, tpf=1.0, **kwargs):
 
 def test_default_grid():
     grid = cal.make_grid([8])
-    assert [s.confidence_threshold for s in grid if s.confidence_threshold] == list(cal.DEFAULT_THRESHOLDS)
-    assert [s.denoising_steps for s in grid if s.confidence_threshold is None] == [8, 4, 2, 1]
+    assert [threshold_of(s) for s in grid if threshold_of(s)] == [0.5, 0.7, 0.8, 0.9, 0.95]
+    assert [s.denoising_steps for s in grid if threshold_of(s) is None] == [8, 4, 2, 1]
 
 
 def test_grid_is_the_product_without_repetition():
-    grid = cal.make_grid([2, 4], steps=[1, 4, 9], thresholds=[0.5, 0.9])
+    grid = cal.make_grid([2, 4], steps=[1, 4, 9], values={"confidence_threshold": [0.5, 0.9]})
     assert len(grid) == len(set(grid))
     expected = {(b, min(s, b), t) for b in (2, 4) for s in (1, 4, 9) for t in (0.5, 0.9, None)}
-    assert {(s.block_size, s.denoising_steps, s.confidence_threshold) for s in grid} == expected
+    assert {(s.block_size, s.denoising_steps, threshold_of(s)) for s in grid} == expected
 
 
 @pytest.mark.parametrize(
@@ -39,8 +44,12 @@ def test_grid_is_the_product_without_repetition():
     [
         ({"block_sizes": [0]}, "block_size must be an integer >= 1, got 0"),
         ({"block_sizes": [4], "steps": [0]}, "denoising_steps must be an integer >= 1, got 0"),
-        ({"block_sizes": [4], "thresholds": [1.5]}, "confidence_threshold"),
-        ({"block_sizes": [4], "thresholds": []}, "thresholds must not be empty"),
+        (
+            {"block_sizes": [4], "values": {"confidence_threshold": [1.5]}},
+            r"confidence_threshold must be in \(0, 1\], got 1.5",
+        ),
+        ({"block_sizes": [4], "values": {"confidence_threshold": []}}, "confidence_threshold must not be empty"),
+        ({"block_sizes": [4], "values": {"threshold": [0.5]}}, "did you mean confidence_threshold?"),
         ({"block_sizes": [4], "strategies": ["fast"]}, "'fast'"),
     ],
 )
@@ -99,7 +108,21 @@ def test_a_setting_becomes_a_generation_config():
     assert (config.max_new_tokens, config.eos_token_id) == (7, [1, 2])
     assert setting(4, 2, None).apply(base, 4).block_size is None  # the checkpoint's own stays in its config.json
     assert cal.current_setting(config, 4) == setting(8, 8, 0.9)
-    assert cal.current_setting(BardGenerationConfig(remasking_strategy="entropy_bound"), 4) is None
+    other = cal.current_setting(BardGenerationConfig(remasking_strategy="entropy_bound", entropy_bound=0.3), 4)
+    assert (other.strategy, other.parameters) == ("entropy_bound", (("entropy_bound", 0.3),))
+    assert str(other) == "B = 4, 4 steps, entropy_bound 0.3"
+
+
+def test_settings_read_as_text():
+    assert str(setting(8, 1, 0.9)) == "B = 8, 1 step, threshold 0.9"
+    assert str(setting(8, 4, None)) == "B = 8, 4 steps, static"
+
+
+def test_a_strategy_brings_the_values_to_try():
+    grid = cal.make_grid([4], strategies=["entropy_bound"])
+    assert {name for point in grid for name, _ in point.parameters} == {"entropy_bound"}
+    assert len(grid) == 5
+    assert {point.denoising_steps for point in grid} == {4}
 
 
 MODEL = types.SimpleNamespace(
@@ -134,7 +157,7 @@ def sweep(monkeypatch):
 
 
 def test_sweep_measures_the_present_setting_too(sweep, caplog):
-    grid = cal.make_grid([4], steps=[1, 2, 4], thresholds=[0.9])
+    grid = cal.make_grid([4], steps=[1, 2, 4], values={"confidence_threshold": [0.9]})
     result = cal.calibrate(MODEL, None, [], grid, cal.Goal(tolerance=20), max_new_tokens=9)
     assert len(result.points) == 7
     assert result.points[0].setting == setting(4, 4, 0.6)

@@ -1,5 +1,6 @@
 """torchrun's ways to end as one line and one exit code, and signals that come when everything is done."""
 
+import runpy
 import signal
 
 import pytest
@@ -7,7 +8,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from nemo_bard.launch.local import EXIT_PREEMPTED, EXIT_USER_ERROR, supervise
+from nemo_bard.base.errors import EXIT_USER_ERROR
+from nemo_bard.launch.exits import EXIT_PREEMPTED
+from nemo_bard.launch.torchrun import supervise
 from nemo_bard.pipeline.world import StopSignal
 
 
@@ -60,3 +63,12 @@ def test_a_worker_that_is_done_takes_no_notice_of_signals(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_what_a_slurm_job_runs_is_a_module(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda parsed: asked.append(parsed.training_script_args))
+    monkeypatch.setattr("sys.argv", ["launch", "--nnodes=1", "-m", "nemo_bard.cli", "finetune", "--config", "x"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("nemo_bard.launch", run_name="__main__")
+    assert (ended.value.code, asked) == (0, [["finetune", "--config", "x"]])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import tensor
 
 from nemo_bard.base.files import locked
-from nemo_bard.launch.local import EXIT_PREEMPTED
+from nemo_bard.launch.exits import EXIT_PREEMPTED
 from nemo_bard.pipeline import Pipeline, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import make_job

@@ -9,6 +9,7 @@ import pytest
 from nemo_bard.base.paths import recipes_dir
 from nemo_bard.pipeline import compare
 from nemo_bard.pipeline.compose import compose, read_words
+from nemo_bard.pipeline.evaluation import request
 from nemo_bard.pipeline.job import make_job
 
 OLD = Path(__file__).parents[1] / "golden" / "run_directory"
@@ -71,3 +72,9 @@ COLLATOR = "nemo_bard.data.BlockDiffusionCollator"
 )
 def test_same_and_different(old, new, difference):
     assert (compare.first_difference({"x": old}, {"x": new}) is not None) == difference
+
+
+def test_scores_from_before_the_move_are_not_made_again():
+    job = make_job(compose(read_words(recipes_dir() / "bard_tiny.yaml", WORDS)))
+    content = json.loads((OLD / "pbm_b4" / "manifest.json").read_text())["content"]
+    assert request(job, content) == json.loads((OLD / "pbm_b4" / "eval.json").read_text())["request"]

@@ -12,7 +12,7 @@ from nemo_bard.pipeline import checks
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import merge
 from nemo_bard.pipeline.job import make_job
-from nemo_bard.pipeline.run import describe
+from nemo_bard.pipeline.run import job_as_yaml
 
 PUBLISHED = {
     "bard_2b": "Qwen/Qwen3-VL-2B-Instruct",
@@ -49,7 +49,7 @@ def test_published_chain(name):
     assert [stage.name for stage in chain.stages] == ["start", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32"]
     assert [stage.block_size for stage in chain.stages] == [4, 4, 8, 16, 32, 32]
     assert chain.stages[0].inputs == {"init": PUBLISHED[name]}
-    assert chain.stages[0].settings == {"mask_token_id": 151671, "context_attention": "block", "block_size": 4}
+    assert chain.stages[0].compared() == {"mask_token_id": 151671, "context_attention": "block", "block_size": 4}
     for before, stage in zip(chain.stages, chain.stages[1:], strict=False):
         recipe = stage.recipe
         assert recipe["model"]["pretrained_model_name_or_path"] == str(before.export)
@@ -142,12 +142,12 @@ def test_environment_variables_of_a_recipe_are_left_to_automodel(tmp_path):
     (tmp_path / "mine.yaml").write_text((recipes_dir() / "pbm.yaml").read_text() + "wandb: {project: '${WHO,x}'}\n")
     chain = job("bard_b32", f"stage.pbm_b4.recipe={tmp_path / 'mine.yaml'}")
     assert chain.stage("pbm_b4").recipe["wandb"] == {"project": "${WHO,x}"}
-    assert "${WHO,x}" in describe(chain)
+    assert "${WHO,x}" in job_as_yaml(chain)
 
 
 def test_cfg_prints_the_job_and_every_final_recipe():
     chain = job()
-    parts = list(yaml.safe_load_all(describe(chain)))
+    parts = list(yaml.safe_load_all(job_as_yaml(chain)))
     assert parts[0]["order"] == [stage.name for stage in chain.stages]
     assert parts[2:] == [stage.recipe for stage in chain.stages[1:]]
 
@@ -202,11 +202,11 @@ def test_chain_of_a_users_own_as_in_the_documentation(tmp_path, monkeypatch):
         (["stage.pbm_b8.output=pbm_b4/sub"], "stages pbm_b4 and pbm_b8 would write one directory"),
         (["stage.pbm_b8.output=../x"], "is not below run_dir"),
         (["keep_last=0"], "keep_last must be an integer >= 1, got 0"),
-        (["stage.pbm_b4.max_steps=many"], "stage.pbm_b4.max_steps must be an integer >= 1, got 'many'"),
+        (["stage.pbm_b4.max_steps=many"], "stage.pbm_b4.max_steps must be an integer >= 1 or null, got 'many'"),
         (["stage.pbm_b4.recipe=pmb"], "did you mean 'pbm'?"),
         (
             ["launch.mode=one_jop"],
-            "launch.mode must be one of one_job, per_stage, got 'one_jop'; did you mean one_job?",
+            "launch.mode must be one of one_job, per_stage, got 'one_jop' (did you mean 'one_job'?)",
         ),
         (["overrides.checkpoint.checkpoint_dir=x"], "overrides.checkpoint.checkpoint_dir: the chain sets this key"),
         (["order=[swd_b32]", "stage.swd_b32.anchor=null"], "needs a start"),

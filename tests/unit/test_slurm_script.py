@@ -1,7 +1,9 @@
 """The script of a Slurm job: what it says, what its bash does with exit codes and signals, and what is refused."""
 
+import dataclasses
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,16 +15,17 @@ import pytest
 import yaml
 
 from nemo_bard.base.paths import conf_dir
-from nemo_bard.launch import local as launch
+from nemo_bard.base.settings import from_mapping
 from nemo_bard.launch import slurm
+from nemo_bard.launch.launchers import LAUNCHERS
 
 STAGES = ("start", "pbm_b4", "report")
 RECIPE = Path("/recipes/bard b32.yaml")
 
 
-def settings(folder, **changed):
+def settings(path, **changed):
     section = yaml.safe_load((conf_dir() / "launch" / "slurm.yaml").read_text())
-    return {**section, "job_name": "bard_b32", "folder": str(folder), **changed}
+    return slurm.SlurmSettings(**{**section, "job_name": "bard_b32", "folder": str(path), **changed})
 
 
 def script(folder, words=(), processes=None, **changed):
@@ -35,8 +38,13 @@ def directives(text):
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
 
 
-def test_the_section_has_the_launchers_keys():
-    assert set(settings("x")) == {*launch.COMMON_KEYS, *launch.LAUNCHERS["slurm"].keys}
+@pytest.mark.parametrize("name", ["local", "slurm"])
+def test_the_shipped_file_holds_every_setting_with_its_default(name):
+    section = yaml.safe_load((conf_dir() / "launch" / f"{name}.yaml").read_text())
+    cls = LAUNCHERS.get(name).Settings
+    given = from_mapping(cls, section)
+    assert set(section) == {field.name for field in dataclasses.fields(cls)}
+    assert given == cls(**{key: section[key] for key in ("name", "job_name", "folder") if key in section})
 
 
 def test_defaults_name_only_what_is_set(tmp_path):
@@ -98,6 +106,29 @@ def test_processes_per_node(tmp_path):
 
 
 # ------------------ what the bash does ------------------
+SCRIPTS = [
+    {},
+    {"mode": "per_stage", "nodes": 2, "gpus_per_node": 8, "modules": ["cuda/12.8"], "setup": ["export A='b c'"]},
+    {"container": "/images/nemo bard.sqsh", "container_mounts": ["/data:/data"], "cpus_per_task": 4},
+]
+
+
+@pytest.mark.parametrize("changed", SCRIPTS, ids=str)
+def test_the_script_is_whole_and_bash_can_read_it(tmp_path, changed):
+    text = script(tmp_path, ["a=b c", "data.path=$HOME"], **changed)
+    assert re.search(r"@[A-Z_]+@", text) is None
+    assert text.startswith("#!/bin/bash\n# Chain bard_b32: nodes x processes = ")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False).stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
+@pytest.mark.parametrize("changed", SCRIPTS, ids=str)
+def test_shellcheck_finds_nothing(tmp_path, changed):
+    text = script(tmp_path, ["a=b c"], **changed)
+    done = subprocess.run(["shellcheck", "-"], input=text, text=True, capture_output=True, check=False)
+    assert done.stdout == ""
+
+
 FAKES = {
     "scontrol": 'echo "scontrol $*" >>calls; case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";;'
     ' "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1";; esac',
@@ -128,7 +159,7 @@ def job(tmp_path, monkeypatch):
     environment = {
         **os.environ,
         "PATH": path,
-        "PYTHONPATH": str(Path(slurm.__file__).parents[1]),
+        "PYTHONPATH": str(Path(slurm.__file__).parents[2]),
         "SLURM_JOB_ID": "12345",
     }
     environment["SLURM_JOB_NODELIST"] = "n[1-2]"
@@ -192,14 +223,14 @@ def test_failures_are_counted_since_the_last_checkpoint_and_of_this_job(job, tmp
     assert job([1], max_failures=2)[0] == 0
     assert failures.read_text() == "go 1: exit code 1\n"
     again = {"SLURM_RESTART_COUNT": "1"}
-    note = "python -c 'from nemo_bard.launch.local import note_progress; note_progress()'"
+    note = "python -c 'from nemo_bard.launch.exits import note_progress; note_progress()'"
     assert job([1], {**again, "FAKE_DO": note}, max_failures=2)[0] == 0
     assert failures.read_text() == "go 2: exit code 1\n"
     assert job([1], again, max_failures=2)[0] == 1
 
 
 def test_a_signal_after_the_end_does_not_bring_the_job_back(job):
-    note = "python -c 'from nemo_bard.launch.local import note_complete; note_complete()'"
+    note = "python -c 'from nemo_bard.launch.exits import note_complete; note_complete()'"
     code, told, calls = job([75], {"FAKE_DO": note})
     assert (code, told) == (0, "slurm: the chain is complete after 0 requeues\n")
     assert "requeue" not in calls
@@ -247,17 +278,20 @@ def test_per_stage_stops_at_the_first_that_does_not_end_well(job):
     [
         ({"nodes": 0}, "launch.nodes must be an integer >= 1, got 0"),
         ({"nodes": "two"}, "launch.nodes must be an integer >= 1, got 'two'"),
-        ({"gpus_per_node": 0}, "launch.gpus_per_node must be an integer >= 1, got 0"),
+        ({"gpus_per_node": 0}, "launch.gpus_per_node must be an integer >= 1 or null, got 0"),
         ({"max_requeues": -1}, "launch.max_requeues must be an integer >= 0, got -1"),
         ({"submit": "no"}, "launch.submit must be true or false, got 'no'"),
-        ({"partition": "a b"}, "launch.partition must be a name without spaces, got 'a b'"),
-        ({"account": "x\n#SBATCH --qos=y"}, "launch.account must be a name without spaces"),
+        ({"partition": "a b"}, "launch.partition must be a name without spaces or null, got 'a b'"),
+        ({"account": "x\n#SBATCH --qos=y"}, "launch.account must be a name without spaces or null, got"),
         ({"modules": "cuda"}, "launch.modules must be a list of lines, got 'cuda'"),
         ({"setup": ["a\nb"]}, "launch.setup must be a list of lines"),
         ({"sbatch": ["-p gpu"]}, "launch.sbatch: '-p gpu' must look like --option or --option=value"),
         ({"sbatch": ["--partition=x"]}, "launch.sbatch: '--partition=x' is not allowed; set launch.partition instead"),
         ({"sbatch": ["--array=1-3"]}, "launch.sbatch: '--array=1-3' is not allowed; the script sets it itself"),
-        ({"time": 86400}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got 86400'),
+        ({"time": 86400}, "launch.time must be one line of text or null, got 86400"),
+        ({"time": "86400"}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got \'86400\''),
+        ({"mode": "one_jop"}, "launch.mode must be one of one_job, per_stage, got 'one_jop' (did you mean 'one_job'?)"),
+        ({"name": "slrum"}, "launch.name must be one of local, slurm, got 'slrum' (did you mean 'slurm'?)"),
         ({"time": "4h"}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got \'4h\''),
         ({"time": "00:11:00"}, "launch.time 00:11:00 must be longer than launch.grace_seconds and a minute"),
         ({"container_mounts": ["/a"]}, "launch.container_mounts needs launch.container"),
@@ -266,7 +300,7 @@ def test_per_stage_stops_at_the_first_that_does_not_end_well(job):
 )
 def test_wrong_values_are_one_line(tmp_path, changed, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        slurm.check({**settings(tmp_path), **changed})
+        slurm.check(settings(tmp_path, **changed))
     assert "\n" not in str(caught.value)
 
 
@@ -345,7 +379,7 @@ def test_a_second_job_is_refused_while_one_is_in_the_queue(tmp_path, commands):
 
 
 def test_world_size(tmp_path):
-    count = launch.LAUNCHERS["slurm"].world_size
+    count = LAUNCHERS.get("slurm")().world_size
     assert count(settings(tmp_path, nodes=3, gpus_per_node=8), None) == 24
     assert count(settings(tmp_path, nodes=3, gpus_per_node=8, processes=2), None) == 6
     assert count(settings(tmp_path, nodes=3), 4) == 12

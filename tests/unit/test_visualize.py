@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from nemo_bard.generation.decode import StepRecord
-from nemo_bard.report.trace import Trace, blend, ink_on, make_trace, write_visualization
+from nemo_bard.report.colors import blend, ink_on
+from nemo_bard.report.trace import Trace, make_trace
+from nemo_bard.report.visualize import write_visualization
 
 MASK = 99
 WORDS = {0: "Hello", 1: " w\u00f6rld", 2: "</script><b>", 3: "\n", 4: "<end>", 5: " wrong", 6: "&"}
@@ -172,7 +174,7 @@ def test_every_colour_has_readable_ink():
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    from nemo_bard.report.trace import CONFIDENCE_COLORS, STEP_COLORS
+    from nemo_bard.report.colors import CONFIDENCE_COLORS, STEP_COLORS
 
     for colors in (STEP_COLORS, CONFIDENCE_COLORS):
         assert blend(colors, 0) == colors[0]
@@ -181,3 +183,10 @@ def test_every_colour_has_readable_ink():
             color = blend(colors, share / 100)
             low, high = sorted((luminance(color), luminance(ink_on(color))))
             assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG AA
+
+
+def test_the_old_module_has_the_public_names():
+    with pytest.warns(FutureWarning, match=r"nemo_bard.visualize is now nemo_bard.report"):
+        import nemo_bard.visualize
+    assert nemo_bard.visualize.write_visualization is write_visualization
+    assert nemo_bard.visualize.make_trace is make_trace

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from nemo_bard.checkpoints.folder import check_checkpoint
 from nemo_bard.cli import options
 from nemo_bard.cli.commands.evaluate import DATA_HELP, SCORER_HELP
+from nemo_bard.generation.parameters import STRATEGIES, calibrated_strategies, strategy_fields
 
 if TYPE_CHECKING:
     from nemo_bard.evaluation.calibrate import Calibration
 
+SHORT = {"confidence_threshold": "--thresholds"}
+"""Other names of flags."""
 _EPILOG = """\
-Every combination of block size, steps and threshold is measured (static decoding without thresholds too), and the setting
-in use now. A setting is admitted if its score is at most --tolerance percentage points under that of the most accurate
+Every combination of block size, strategy, steps and the strategy's parameters is measured, and the setting in use now. A setting is admitted if its score is at most --tolerance percentage points under that of the most accurate
 setting, or under --baseline. Of these the fastest is chosen: by tokens per second as measured here (the default), or by
 tokens per forward, which depends on no machine but leaves out that a larger block costs more. The folder of --output gets
 calibration.json, calibration.png and generation_config.json. The model folder is changed with --write only, and then its
@@ -58,10 +61,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--objective", default="tokens_per_second", help="tokens_per_second (default) or tpf")
     parser.add_argument("--block-sizes", type=listed(int), metavar="N,N", help="(default: the checkpoint's)")
     parser.add_argument(
-        "--steps", type=listed(int), metavar="N,N", help="(default: the block size; static also halves)"
+        "--steps",
+        type=listed(int),
+        metavar="N,N",
+        help="(default: the block size, and its halves for a strategy without parameters)",
     )
-    parser.add_argument("--thresholds", type=listed(float), metavar="X,X", help="(default: 0.5,0.7,0.8,0.9,0.95)")
-    parser.add_argument("--strategies", type=listed(str), metavar="NAME,NAME", help="(default: dynamic and static)")
+    tried = ",".join(calibrated_strategies())
+    parser.add_argument("--strategies", type=listed(str), metavar="NAME,NAME", help=f"(default: {tried})")
+    group = parser.add_argument_group("parameters of the strategies", "several values are joined by commas")
+    for name in STRATEGIES:
+        add_value_flags(group, strategy_fields(name), STRATEGIES.get(name).swept)
+    options.follow_strategies(parser, "--strategies", lambda fields: add_value_flags(group, fields, {}))
     parser.add_argument(
         "--max-new-tokens",
         type=options.positive,
@@ -76,6 +86,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--write", action="store_true", help="put the choice into the model folder too")
     parser.add_argument("--seed", type=int, default=0, help="for temperature > 0 (default: 0)")
     return parser
+
+
+def add_value_flags(group: Any, fields: Mapping[str, Field[Any]], swept: Mapping[str, Sequence[Any]]) -> None:
+    """Add a flag for the values of each parameter; one that another strategy has too is there already."""
+    there = {word for action in group._group_actions for word in action.option_strings}
+    for name, field in fields.items():
+        words = [f"--{name.replace('_', '-')}", *([SHORT[name]] if name in SHORT else [])]
+        if words[0] in there:
+            continue
+        values = ",".join(str(value) for value in swept[name]) if name in swept else "the model's"
+        check = field.metadata["check"]
+        group.add_argument(
+            *words,
+            dest=name,
+            type=listed(check.parse),
+            metavar=f"{check.metavar},{check.metavar}",
+            help=f"{field.metadata['help']} (default: {values})",
+        )
+
+
+def given_values(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Return the values of strategies' parameters that are on the command line."""
+    names = {name for strategy in (*STRATEGIES, *(args.strategies or ())) for name in strategy_fields(strategy)}
+    return {name: getattr(args, name) for name in sorted(names) if getattr(args, name) is not None}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
     grid = calibrate.make_grid(
         sizes,
         steps=args.steps,
-        thresholds=args.thresholds,
-        strategies=args.strategies if args.strategies is not None else calibrate.SWEPT_STRATEGIES,
+        values=given_values(args),
+        strategies=args.strategies,
     )
     check_output(args.output, overwrite=args.overwrite)
     dataset = open_dataset(args.data, limit=args.limit)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from nemo_bard.base.errors import USER_ERRORS
 from nemo_bard.base.paths import find_recipe
-from nemo_bard.launch.local import count_processes, run_torchrun, under_torchrun
+from nemo_bard.launch.exits import under_torchrun
+from nemo_bard.launch.torchrun import count_processes, run_torchrun
 from nemo_bard.train.recipe_file import (
     load_config,
     load_raw_config,

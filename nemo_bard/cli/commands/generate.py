@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nemo_bard.generation.settings import BardGenerationConfig
 
 PAGE_SUFFIXES = (".html", ".htm", ".gif")
+SAME_IDS_ENGINES = ("fast", "plain")
+"""Engines that give the same tokens."""
 _EPILOG = """\
 A line of a --batch file is {"prompt": "...", "images": ["a.png"], "videos": [], "system": "...", "id": "..."} or
 {"messages": [...], "images": [...]} as in training data, where a last assistant turn is left out. An output line has id,
@@ -132,7 +134,8 @@ def answer_one(args: argparse.Namespace, config: BardGenerationConfig, conversat
             f" {answer.num_tokens / total:.1f} tokens/s, {total:.2f} s ({phases})\n"
         )
     if args.visualize is not None:
-        from nemo_bard.report.trace import make_trace, write_visualization
+        from nemo_bard.report.trace import make_trace
+        from nemo_bard.report.visualize import write_visualization
 
         trace = make_trace(output, processor.tokenizer, conversation=conversation)
         write_visualization(trace, args.visualize)
@@ -185,8 +188,11 @@ def answer_file(args: argparse.Namespace, config: BardGenerationConfig) -> int:
 def run_key(args: argparse.Namespace, config: BardGenerationConfig) -> str:
     """Return what the answers depend on beside the prompt."""
     weights = sorted((file.name, file.stat().st_size) for file in args.model.glob("*.safetensors"))
-    same_ids = ("decode_path", "cache_implementation", "compile_step")  # these change how, not what
-    settings = {name: getattr(config, name) for name in options.DECODING if name not in same_ids}
+    same_ids = ["cache_implementation", "compile_step"]  # these change how, not what
+    if config.resolve()[0].decode_path in SAME_IDS_ENGINES:
+        same_ids.append("decode_path")
+    fields = options.decoding_fields(config.remasking_strategy)
+    settings = {name: getattr(config, name) for name in fields if name not in same_ids}
     seed = args.seed if config.temperature > 0 else None
     return json.dumps([str(args.model.resolve()), weights, settings, args.dtype, seed], sort_keys=True, default=str)
 

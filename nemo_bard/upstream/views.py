@@ -1,0 +1,78 @@
+"""A second face of a model: the same weights, evaluation mode and another attention backend, while the model stays as it is.
+
+transformers chooses the backend by a field of the configuration that all layers read while they run, and evaluation mode is
+a field of every module. Both are shared by all threads, so a call that needs other values runs on copies of the modules.
+The copies share parameters and hooks with the model. What the layers read is private: ``_attn_implementation_internal`` of
+transformers' configurations (until a forward takes its backend as an argument), and of torch's modules ``_modules``,
+``_buffers`` and ``_compiled_call_impl`` (until torch can copy modules without their parameters).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M")
+
+
+def view(model: M, attention: str) -> M:
+    """Copy the modules of a model, in evaluation mode and with another attention backend in the language model.
+
+    Args:
+        model: A transformers model whose ``config`` has a ``text_config``; not modified.
+        attention: Name of the backend.
+
+    Returns:
+        The copy. Parameters and hooks are the model's own, whatever happens to them; buffers are the same tensors until a
+        forward replaces one. ``torch.compile`` of the model does not reach the copy.
+    """
+    root: Any = model
+    text_config = copy.copy(root.config.text_config)
+    text_config._attn_implementation_internal = attention
+    config = copy.copy(root.config)
+    config.text_config = text_config
+    return _copy(root, {id(root.config.text_config): text_config, id(root.config): config}, {})
+
+
+def _copy(module: nn.Module, configs: dict[int, Any], done: dict[int, Any]) -> Any:
+    if id(module) in done:
+        return done[id(module)]
+    twin = done[id(module)] = object.__new__(type(module))
+    fields = dict(module.__dict__)
+    fields["training"] = False
+    fields["_compiled_call_impl"] = None
+    fields["_buffers"] = dict(module._buffers)
+    fields["_modules"] = {
+        name: None if child is None else _copy(child, configs, done) for name, child in module._modules.items()
+    }
+    if "config" in fields:
+        fields["config"] = configs.get(id(fields["config"]), fields["config"])
+    twin.__dict__ = fields
+    return twin
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """What a view of ``module`` was made of; another one means that the view is out of date.
+
+    It holds the modules and buffers themselves, so that none of another address can take their place.
+    """
+    return tuple(
+        part
+        for name, child in module.named_modules()
+        for part in (name, _Same(child), type(child), _Same(child.__dict__.get("forward")))
+    ) + tuple(_Same(buffer) for buffer in module.buffers())
+
+
+class _Same:
+    """Equal to another one of the same object."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
