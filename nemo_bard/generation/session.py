@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nemo_bard.generation.prompt import Prompt
 from nemo_bard.generation.resolve import DecodeSettings
+from nemo_bard.upstream.torch import mark_static_address
 from nemo_bard.upstream.views import fingerprint, view
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class BlockCacheLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(rows, heads, self.capacity, key_states.shape[-1])
         self.values = value_states.new_zeros(rows, heads, self.capacity, value_states.shape[-1])
         if self.device.type == "cuda":  # CUDA graphs only record writes to tensors whose address never changes
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
+            mark_static_address(self.keys)
+            mark_static_address(self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

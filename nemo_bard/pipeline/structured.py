@@ -98,9 +98,9 @@ def _let_compose(node: Any) -> None:
 
     if isinstance(node, DictConfig):
         OmegaConf.set_readonly(node, None)
-        if not node._is_none() and not node._is_missing():
-            for key in node:
-                _let_compose(node._get_node(key))
+        for key in node:
+            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                _let_compose(node[key])
 
 
 def explain(

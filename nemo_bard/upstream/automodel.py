@@ -63,6 +63,18 @@ TOUCHED = (
         until="AutoModel exposes its registry",
         parameters="model_arch",
     ),
+    *(
+        _read(
+            f"nemo_automodel.{name}",
+            reason="its source is read by `upstream.sections`: which keys a recipe's sections have",
+            until="AutoModel can list the keys of a recipe",
+        )
+        for name in (
+            "_transformers.auto_model",
+            "recipes._dist_utils.create_distributed_setup_from_config",
+            "recipes._typed_config.RecipeConfig._raw",
+        )
+    ),
     _read(
         f"{_FINETUNE}._move_to_device",
         reason="moves a batch, nested parts included",

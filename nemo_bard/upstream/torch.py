@@ -30,6 +30,14 @@ TOUCHED = (
         until="torch.compiler has it",
         parameters="t, guard",
     ),
+    *(
+        _read(
+            f"torch.nn.Module.{name}",
+            reason="copied by `upstream.views`: decoding runs on copies of the modules, which share the parameters",
+            until="torch can copy modules without their parameters",
+        )
+        for name in ("_modules", "_buffers", "_compiled_call_impl")
+    ),
     _read(
         "torch.nn.Linear.forward",
         reason="the LM head that Qwen3-VL builds becomes one that takes a function in the place of its product",
@@ -55,7 +63,7 @@ TOUCHED = (
         until="NeMo AutoModel's dataloader section takes a worker_init_fn",
     ),
 )
-"""What this module touches; ``docs/decisions.md`` says why there is a room for it."""
+"""What this room and ``model`` touch of torch; ``docs/decisions.md`` says why there is a room for it."""
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

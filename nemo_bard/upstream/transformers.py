@@ -10,11 +10,10 @@ precedence once it is imported.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -51,8 +50,8 @@ TOUCHED = (
     ),
     _read(
         "transformers.PreTrainedConfig._attn_implementation_internal",
-        reason="set for a while, so that decoding uses the backend `bard` whatever the model was loaded with",
-        until="a backend can be chosen per call",
+        reason="set in a copy of the configuration, so that decoding uses the backend `bard` whatever the model was loaded with",
+        until="a forward takes its backend as an argument",
     ),
     _read(
         f"{_QWEN}.Qwen3VLModel.get_rope_index",
@@ -81,7 +80,7 @@ TOUCHED = (
         source="self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
     ),
 )
-"""What this module and ``model`` touch; ``docs/decisions.md`` says why there is a room for it."""
+"""What this room and ``model`` touch of transformers; ``docs/decisions.md`` says why there is a room for it."""
 
 
 def text_section(config: Qwen3VLConfig) -> Qwen3VLTextConfig:
@@ -97,17 +96,6 @@ def vision_section(config: Qwen3VLConfig) -> Qwen3VLVisionConfig:
 def attn_implementation(config: PreTrainedConfig) -> str | None:
     """The name of the attention backend that a model with this configuration uses."""
     return config._attn_implementation
-
-
-@contextlib.contextmanager
-def attention_backend(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Use the attention backend ``name`` for a while; not for two threads at once."""
-    before = config._attn_implementation
-    config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 def rope_index(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Tensor]]:

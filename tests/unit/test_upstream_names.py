@@ -166,16 +166,6 @@ def test_workers_of_a_loader_ignore_signals_and_end():
     torch_room.stop_workers(loader)
 
 
-def test_an_attention_backend_is_used_for_a_while():
-    from nemo_bard.cost.shapes import make_config
-
-    config = make_config("tiny").text_config
-    config._attn_implementation = "sdpa"
-    with transformers_room.attention_backend(config, "bard"):
-        assert transformers_room.attn_implementation(config) == "bard"
-    assert transformers_room.attn_implementation(config) == "sdpa"
-
-
 def test_reports_of_failed_targets_are_held_back(capsys):
     from nemo_automodel.components.config.loader import ConfigNode
 

@@ -69,8 +69,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     tried = ",".join(calibrated_strategies())
     parser.add_argument("--strategies", type=listed(str), metavar="NAME,NAME", help=f"(default: {tried})")
     group = parser.add_argument_group("parameters of the strategies", "several values are joined by commas")
-    for name in STRATEGIES:
-        add_value_flags(group, strategy_fields(name), STRATEGIES.get(name).swept)
+    fields, swept = {}, {}
+    for name in STRATEGIES:  # where two have a parameter in common, the first one describes it
+        fields |= {key: field for key, field in strategy_fields(name).items() if key not in fields}
+        swept = {**STRATEGIES.get(name).swept, **swept}
+    add_value_flags(group, fields, swept)
     options.follow_strategies(parser, "--strategies", lambda fields: add_value_flags(group, fields, {}))
     parser.add_argument(
         "--max-new-tokens",
@@ -89,12 +92,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def add_value_flags(group: Any, fields: Mapping[str, Field[Any]], swept: Mapping[str, Sequence[Any]]) -> None:
-    """Add a flag for the values of each parameter; one that another strategy has too is there already."""
-    there = {word for action in group._group_actions for word in action.option_strings}
+    """Add a flag for the values of each parameter."""
     for name, field in fields.items():
         words = [f"--{name.replace('_', '-')}", *([SHORT[name]] if name in SHORT else [])]
-        if words[0] in there:
-            continue
         values = ",".join(str(value) for value in swept[name]) if name in swept else "the model's"
         check = field.metadata["check"]
         group.add_argument(
