@@ -7,12 +7,13 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "ENGINES": "parameters",
         "STRATEGIES": "parameters",
-        "BardGenerateOutput": "generate",
+        "BardGenerateOutput": "entry",
         "BardGenerationConfig": "settings",
         "BlockEngine": "engines",
         "Engine": "engines",
         "Session": "session",
         "StepState": "strategies",
         "Strategy": "strategies",
+        "generate": "entry",
     },
 )

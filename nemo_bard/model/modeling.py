@@ -23,7 +23,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from nemo_bard.base.folders import read_model_type
-from nemo_bard.generation.generate import generate
+from nemo_bard.generation.entry import generate
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.method.chunked import OutputHead
 from nemo_bard.model import attention
