@@ -15,9 +15,9 @@ from nemo_automodel.components.config.loader import load_yaml_config
 
 from nemo_bard.base.paths import recipes_dir
 from nemo_bard.method.corruption import without_samples
-from nemo_bard.upstream import cpu as cpu_compat
 from nemo_bard.train.pbm import PBMRecipe
 from nemo_bard.train.swd import SWDRecipe
+from nemo_bard.upstream import cpu as cpu_compat
 
 RECIPES = {"pbm": PBMRecipe, "swd": SWDRecipe}
 
