@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nemo_bard.base.moved import find_export
+
 
 def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Make ``__getattr__``, ``__dir__`` and ``__all__`` of a package.
@@ -20,11 +22,11 @@ def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], 
     """
 
     def load(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(
-            importlib.import_module(names[name] if "nemo_bard." in names[name] else f"{package}.{names[name]}"), name
-        )
+        if name in names:
+            module = names[name] if names[name].startswith("nemo_bard.") else f"{package}.{names[name]}"
+            value = getattr(importlib.import_module(module), name)
+        else:
+            value = find_export(package, name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,8 +1,8 @@
 """Dotted names of earlier versions that recipes, manifests and scripts may hold: they go on meaning what they meant.
 
-``MODULES`` is the whole table. A finder at the end of ``sys.meta_path``, which Python asks only for what exists nowhere,
-imports the new module under the old name too, so that both names are one module and its classes are the same objects.
-Where an old module became a package of the same name, that package exports its public names itself.
+``MODULES`` and ``EXPORTS`` are the whole table. A finder in ``sys.meta_path`` imports the new module under the old name too,
+so that both names are one module and its classes are the same objects. Where an old module became a package of the same
+name, ``nemo_bard.base.lazy`` asks ``find_export`` for what the module held and the package does not export itself.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
+from typing import Any
 
 PACKAGE = "nemo_bard"
 MODULES = {
@@ -56,6 +58,7 @@ MODULES = {
     "train.corruption": "method.corruption",
     "train.cpu_compat": "upstream.cpu",
     "train.joint": "method.objectives",
+    "train.packed_loader": "upstream.recipe",
     "train.recipe_config": "train.config",
     "video": "data.video",
     "visualize": "report",
@@ -64,6 +67,27 @@ MODULES = {
     "visualize_picture": "report.picture",
 }
 """Old module -> new one, both below ``nemo_bard``; 0.1.0 had the old ones."""
+EXPORTS = {
+    "cli": ("FULL_DISK", "build_parser", "forward", "run_command"),
+    "data": ("RESERVED_TOKENS", "ROLES"),
+    "generation": ("NO_OPS", "make_output", "resolve_settings", "split_arguments", "step_stats"),
+    "launch": (
+        "EXIT_PREEMPTED", "JOB_FILES", "LAUNCHERS", "Launcher", "MODES", "PREEMPTION_SIGNALS",
+        "count_processes", "note_complete", "note_progress", "run_torchrun", "supervise", "under_torchrun",
+    ),
+    "model": (
+        "CLASS_MARKER", "HUB_ARGUMENTS", "QWEN3_VL_ASSISTANT_HEADER_IDS", "QWEN3_VL_EOS_TOKEN_ID",
+        "QWEN3_VL_MASK_TOKEN_ID", "QWEN3_VL_VOCAB_SIZE", "as_id_list", "check_mask_token_id",
+    ),
+    "report": (
+        "STYLE", "StageRecord", "draw_curves", "draw_losses", "draw_scores", "duration", "html_table", "markdown_table",
+        "read_lines", "read_run", "score_rows", "scores_of", "smooth", "tail_loss", "training_rows", "where_it_ran",
+        "write_report",
+    ),
+}  # fmt: skip
+"""Package that was a module -> what that module held, which one of the package's modules, or of ``BELOW``, has now."""
+BELOW = {"launch": ("base.files",), "model": ("generation.settings",)}
+"""Package -> modules outside it that took something over."""
 QUIET = ("_registration", "_startup")
 """Named by files of an earlier installation, not by users."""
 
@@ -77,6 +101,30 @@ def new_name(dotted: str) -> str:
         if old in MODULES:
             return f"{PACKAGE}.{MODULES[old]}{rest.removeprefix(old)}"
     return dotted
+
+
+def warn(old: str, new: str) -> None:
+    """Say once per process and place, and on the first rank alone, what a name is called now."""
+    if old.removeprefix(f"{PACKAGE}.") not in QUIET and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"{old} is now {new}; the old name goes on working", FutureWarning, stacklevel=4)
+
+
+def find_export(package: str, name: str) -> Any:
+    """Return what an old module held, from where it is now.
+
+    Raises:
+        AttributeError: If the module held no such thing.
+    """
+    short = package.removeprefix(f"{PACKAGE}.")
+    if name in EXPORTS.get(short, ()):
+        inside = (module.name for module in pkgutil.iter_modules(sys.modules[package].__path__))
+        candidates = [f"{package}.{module}" for module in sorted(inside) if module != "__main__"]
+        for candidate in [*candidates, *(f"{PACKAGE}.{module}" for module in BELOW.get(short, ()))]:
+            values = vars(importlib.import_module(candidate))
+            if name in values:
+                warn(f"{package}.{name}", f"{candidate}.{name}")
+                return values[name]
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class AliasLoader(Loader):
@@ -107,16 +155,14 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         del path, target
-        old = fullname.removeprefix(f"{PACKAGE}.")
-        if old == fullname or old not in MODULES:
+        if not fullname.startswith(f"{PACKAGE}.") or (new := new_name(fullname)) == fullname:
             return None
-        new = f"{PACKAGE}.{MODULES[old]}"
-        if old not in QUIET and os.environ.get("RANK", "0") == "0":
-            warnings.warn(f"{fullname} is now {new}; the old name goes on working", FutureWarning, stacklevel=2)
+        if fullname.removeprefix(f"{PACKAGE}.") in MODULES:
+            warn(fullname, new)
         return ModuleSpec(fullname, AliasLoader(new))
 
 
 def install() -> None:
     """Make the old names importable; calling it again changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())

@@ -88,8 +88,8 @@ class NoiseSettings:
         """
         values = dict(values or {})
         with _named(section):
-            own = parameter_names(NOISES.get(values.get("name", "mask")))
-            general = [field.name for field in fields(cls) if field.name != "parameters"]
+            own = _own_keys(values.get("name", "mask"))
+            general = _general_keys()
             check_keys(section, values, [*general, *own, *more])
             parameters = tuple((name, values.pop(name)) for name in own if name in values)
             return cls(**values, parameters=parameters)
@@ -170,7 +170,7 @@ class NoiseSchedule:
         changes = {name: value for name, value in row.items() if name not in ("until", "ramp")}
         name = changes.get("name", base.name)
         try:
-            own = parameter_names(NOISES.get(name))
+            own = _own_keys(name)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         check_keys(key, row, [*cls.PHASE_KEYS, *own])
@@ -259,6 +259,24 @@ def level_name(t: float) -> str:
 
 def _is_level(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _general_keys() -> list[str]:
+    """Keys that every noise has."""
+    return [field.name for field in fields(NoiseSettings) if field.name != "parameters"]
+
+
+def _own_keys(name: str) -> list[str]:
+    """Keys of one noise alone.
+
+    Raises:
+        ValueError: If there is no such noise, or one of its parameters is a key that every noise has.
+    """
+    own = parameter_names(NOISES.get(name))
+    for key in (*_general_keys(), *NoiseSchedule.PHASE_KEYS, "schedule", "levels"):
+        if key in own:
+            raise ValueError(f"noise {name}: its parameter {key!r} is a key of the section itself; rename it")
+    return own
 
 
 def _names(ability: str) -> str:

@@ -1,8 +1,11 @@
 """Which noise holds at which step."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings
+from nemo_bard.method.noise import NOISES, MaskNoise, UniformNoise
+from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 
 CURRICULUM = {
     "name": "mask",
@@ -85,3 +88,54 @@ def test_bad_schedules_are_one_line(values, message):
 def test_a_phase_that_does_not_fit_complementary_noise_is_named():
     with pytest.raises(ValueError, match=r"noise.schedule\[1\]: noise.complementary needs noise.name: mask"):
         NoiseSchedule.from_dict({"complementary": True, "schedule": [{"until": 0.5}, {"name": "mixed"}]})
+
+
+class TestParameters:
+    """Parameters of a noise, here ``max_t`` of uniform noise, are keys of every section that names it."""
+
+    def test_a_phase_replaces_them_and_another_noise_has_none_of_them(self):
+        phases = [{"until": 0.3}, {"until": 0.6, "max_t": 0.5}, {"name": "mask"}]
+        schedule = NoiseSchedule.from_dict({"name": "uniform", "max_t": 0.9, "schedule": phases})
+        assert [phase.settings.parameters for phase in schedule.phases] == [(("max_t", 0.9),), (("max_t", 0.5),), ()]
+        assert [getattr(phase.settings.noise, "max_t", None) for phase in schedule.phases] == [0.9, 0.5, None]
+
+    def test_validation_has_those_of_training_unless_it_says_more(self):
+        training = NoiseSettings.from_dict({"name": "uniform", "max_t": 0.9, "low": 0.5})
+        default = ValidationNoise.from_dict(None, training)
+        assert (default.settings.noise, default.settings.low) == (UniformNoise(max_t=0.9), 1e-3)
+        own = ValidationNoise.from_dict({"name": "uniform", "levels": [0.5, 1.0]}, training)
+        assert [noise.noise for noise in own.levels] == [UniformNoise()] * 2
+        assert own.names() == ["val_loss_t0.5", "val_loss_t1"]
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (
+                {"name": "uniform", "maxt": 1},
+                "unknown recipe key validation_noise.maxt; did you mean validation_noise.max_t?",
+            ),
+            ({"name": "uniform", "max_t": 2}, "validation_noise.max_t must be in (0, 1], got 2"),
+            ({"name": "unifrom"}, "validation_noise.name must be one of mask, uniform, mixed, got 'unifrom'"),
+        ],
+    )
+    def test_wrong_ones_are_named_where_they_stand(self, values, message):
+        with pytest.raises(ValueError, match="^[^\n]*$") as caught:
+            ValidationNoise.from_dict(values, NoiseSettings())
+        assert message in str(caught.value)
+
+    def test_a_noise_must_not_take_a_name_of_the_section(self):
+        @dataclass(frozen=True, kw_only=True)
+        class Low(MaskNoise):
+            low: float = 0.5
+
+        NOISES.register("low", Low)
+        try:
+            with pytest.raises(ValueError, match="^noise low: its parameter 'low' is a key of the section itself"):
+                NoiseSettings.from_dict({"name": "low"})
+        finally:
+            NOISES.unregister("low")
+
+    @pytest.mark.parametrize("thing", [object(), int, UniformNoise()])
+    def test_what_is_no_noise_is_refused(self, thing):
+        with pytest.raises(ValueError, match="not a dataclass below nemo_bard.method.Noise"):
+            NOISES.register("other", thing)
