@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
+from nemo_bard.upstream.card import VISION_PROCESS, CardFinder, add_video_reader
 from nemo_bard.upstream.touched import Touched
 
 if TYPE_CHECKING:
@@ -122,7 +123,13 @@ def _add_model(tables: ModuleType) -> None:
     mapping._modules.setdefault(MODEL_TYPE, sys.modules["nemo_bard"])
 
 
-_HOOKS: dict[str, Callable[[ModuleType], None]] = {CONFIG_TABLES: _add_config, MODEL_TABLES: _add_model}
+_HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    CONFIG_TABLES: _add_config,
+    MODEL_TABLES: _add_model,
+    VISION_PROCESS: add_video_reader,
+}
+_WHOLE = {CONFIG_TABLES: "CONFIG_MAPPING", MODEL_TABLES: "_LazyAutoMapping", VISION_PROCESS: "fetch_video"}
+"""What a module has once it has been executed."""
 
 
 class _Loader(importlib.abc.Loader):
@@ -140,7 +147,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps the loader of the two table modules; every other import passes through."""
+    """Wraps the loader of the hooked modules; every other import passes through."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -158,11 +165,11 @@ def install() -> None:
     """Register now where transformers' tables are loaded, else when they will be; calling it again changes nothing."""
     missing = False
     for name, hook in _HOOKS.items():
-        if (tables := sys.modules.get(name)) is not None and hasattr(
-            tables, "_LazyAutoMapping" if "modeling" in name else "CONFIG_MAPPING"
-        ):
+        if (tables := sys.modules.get(name)) is not None and hasattr(tables, _WHOLE[name]):
             hook(tables)
         else:
             missing = True
     if missing and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, CardFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, CardFinder())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_data import golden_arrays, golden_cases
 
-from nemo_bard.method.noise import MixedNoise, NoiseLevels, mixed_probabilities
+from nemo_bard.method.noise import MaskNoise, MixedNoise, NoiseLevels, mixed_probabilities
 
 CASES = golden_cases("noise")
 MIX = CASES["mix"]
@@ -84,12 +84,22 @@ def test_block_times(case, block_times):
         assert ((ours.mean(0) - block_times[f"stratum_mean_{index}"]).abs() <= 4 * both + shift).all()
 
 
-def test_the_reference_masks_with_probability_t(block_times):
-    """The meaning of ``t`` is the same: its share of masked tokens of a block is within 4 sigma of ``t`` on average."""
-    t, share = block_times["mask_t"].double(), block_times["mask_frac"]
+def test_our_masks_mean_the_same_by_t(block_times):
+    """At the levels of the reference's blocks our shares of masked tokens differ from its by chance only.
+
+    Two independent shares of a block, so that the difference has twice the variance of one.
+    """
+    t, share = block_times["mask_t"], block_times["mask_frac"].double()
     tokens = CASES["mask_fraction"]["block_size"]
-    variance = t * (1 - t) / tokens
-    z = (share - t).sum() / variance.sum().sqrt()
-    assert abs(z) <= 4
-    spread = ((share - t) ** 2).sum() / variance.sum()
+    out = MaskNoise().corrupt(
+        torch.zeros(t.numel() * tokens, dtype=torch.int64),
+        t.flatten().float().repeat_interleave(tokens),
+        mask_token_id=1,
+        num_random_ids=1,
+        generator=torch.Generator().manual_seed(0),
+    )
+    ours = out.noise_mask.view(*t.shape, tokens).double().mean(-1)
+    difference, variance = ours - share, 2 * t.double() * (1 - t.double()) / tokens
+    assert abs(difference.sum() / variance.sum().sqrt()) <= 4
+    spread = (difference**2).sum() / variance.sum()
     assert abs(spread - 1) <= 4 * math.sqrt(2 / t.numel()) * 2  # the squared deviations are no normal variables
