@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def check_model_type(config: Mapping[str, Any], file: Path, allowed: Sequence[st
     return found
 
 
-def read_model_type(path: str | Path, allowed: Sequence[str] = MODEL_TYPES) -> str:
+def read_model_type(path: str | os.PathLike[str], allowed: Sequence[str] = MODEL_TYPES) -> str:
     """Return ``model_type`` of a checkpoint folder.
 
     Raises:

@@ -43,6 +43,8 @@ class BardGenerationConfig(GenerationConfig):
     _METADATA: ClassVar[tuple[str, ...]] = ("transformers_version", "_from_model_config", "_commit_hash", CLASS_MARKER)
     _TOKEN_IDS: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     remasking_strategy: str
+    block_size: int | None
+    return_step_stats: bool
 
     def __init__(self, **kwargs: Any) -> None:
         # transformers' __init__ sets some sixty autoregressive attributes that mean nothing here; it is left out on

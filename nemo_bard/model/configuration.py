@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLConfig,
@@ -33,6 +33,9 @@ class BardVLConfig(Qwen3VLConfig):
     model_type = "bard_vl"
     sub_configs = {"vision_config": Qwen3VLVisionConfig, "text_config": Qwen3VLTextConfig}
 
+    if TYPE_CHECKING:  # transformers declares them as a configuration, a dictionary or None
+        text_config: Qwen3VLTextConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+        vision_config: Qwen3VLVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     block_size: int | None = None
     """Tokens denoised together, ``B``; None where a checkpoint does not say."""
     mask_token_id: int | None = None

@@ -98,7 +98,7 @@ def _let_compose(node: Any) -> None:
 
     if isinstance(node, DictConfig):
         OmegaConf.set_readonly(node, None)
-        for key in node:
+        for key in map(str, node):
             if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
                 _let_compose(node[key])
 

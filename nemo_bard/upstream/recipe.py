@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -130,8 +131,8 @@ class PlannedDataloaderConfig(VlmDataloaderConfig):
             return self.plan(dataset, processor), processor
 
 
-def run_main(recipe_class: type[FinetuneRecipeForVLM], config_path: str | None) -> None:
+def run_main(recipe_class: type[FinetuneRecipeForVLM], config_path: str | os.PathLike[str] | None) -> None:
     """Run a recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
-    recipe = recipe_class(load_config(config_path))
+    recipe = recipe_class(load_config(None if config_path is None else os.fspath(config_path)))
     recipe.setup()
     recipe.run_train_validation_loop()
