@@ -11,18 +11,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
 from nemo_bard.data.rejects import ERRORS, BadSample
 from nemo_bard.method.layout import CONTEXT, IGNORE_INDEX, PADDING, find_responses, sample_layout
 from nemo_bard.model.configuration import BardVLConfig
-from nemo_bard.upstream.transformers import rope_index
+from nemo_bard.upstream.transformers import rope_index, vision_section
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class BlockDiffusionCollator:
         self.max_row_length = max_row_length or max_length
         self.noisy_copies, self.next_token = noisy_copies, next_token
         self._media_tokens = MediaTokens(
-            config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size**2
+            config.image_token_id, config.video_token_id, vision_section(config).spatial_merge_size ** 2
         )
         self._rope_index = rope_index(config)
         self.keep_bad = False
@@ -227,6 +227,17 @@ class BlockDiffusionCollator:
         to the recipe, instead of raising ValueError."""
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block, the model's.
+
+        Raises:
+            ValueError: If its configuration does not say.
+        """
+        if self.config.block_size is None:
+            raise ValueError("the model's config.json has no block_size; make a start point with `nemo-bard convert`")
+        return self.config.block_size
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Collate rows of samples; see ``stack`` for the batch.
@@ -303,7 +314,7 @@ class BlockDiffusionCollator:
             ids.masked_fill(ids == self.config.video_token_id, self.config.image_token_id),
             self._positions(ids, inputs),
             responses,
-            self.config.block_size,
+            self.block_size,
             supervised=None if self.turns == "all" else [len(responses) - 1],
             anchor_block_size=self.anchor_block_size,
             noisy_copies=self.noisy_copies,
@@ -370,7 +381,7 @@ class BlockDiffusionCollator:
                 raise ValueError(f"sample {index}: assistant turn {number} is empty")
         return spans
 
-    def _positions(self, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _positions(self, ids: Tensor, inputs: BatchFeature) -> Tensor:
         """M-RoPE positions ``[3, S]`` of a conversation, by Qwen3-VL's own function."""
         kinds = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
         positions, _ = self._rope_index(
@@ -383,9 +394,10 @@ class BlockDiffusionCollator:
 
     def _hidden_image(self) -> TrainingSample:
         """One image token with blank patches, part of no sample."""
-        vision = self.config.vision_config
+        vision = vision_section(self.config)
         side = vision.spatial_merge_size
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        frames, patch = cast("tuple[int, int]", (vision.temporal_patch_size, vision.patch_size))
+        values = vision.in_channels * frames * patch**2
         one = torch.zeros(1, dtype=torch.int64)
         return TrainingSample(
             input_ids=one + self.config.image_token_id,
@@ -434,7 +446,7 @@ class BlockDiffusionCollator:
         def rows_of(name: str, fill: int | bool) -> Tensor:
             return _pad([torch.cat([getattr(sample, name) for sample, _ in row]) for row in parts], length, fill)
 
-        media = [sample for row in parts for sample, _ in row if sample.grid_thw is not None]
+        laid_out = [sample for row in parts for sample, _ in row]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
         extra = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
         if self.next_token:
@@ -454,6 +466,6 @@ class BlockDiffusionCollator:
             "noise_keys": keys,
             "num_samples": len(keys),
             "rejects": [],
-            "pixel_values": torch.cat([sample.pixel_values for sample in media]),
-            "image_grid_thw": torch.cat([sample.grid_thw for sample in media]),
+            "pixel_values": torch.cat([sample.pixel_values for sample in laid_out if sample.pixel_values is not None]),
+            "image_grid_thw": torch.cat([sample.grid_thw for sample in laid_out if sample.grid_thw is not None]),
         }

@@ -16,12 +16,13 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.collate import BlockDiffusionCollator, Outline
 from nemo_bard.data.rejects import ERRORS
+from nemo_bard.upstream.transformers import vision_section
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class SampleSizes:
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); delete it") from error
 
 
-class _Chunks:
+class _Chunks(Dataset[list[Outline]]):
     """Outlines of ``_CHUNK`` samples each, for a data loader's workers."""
 
     def __init__(self, dataset: Any, collator: BlockDiffusionCollator, *, drop_bad: bool) -> None:
@@ -237,6 +238,6 @@ def _key(fingerprint: str, collator: BlockDiffusionCollator) -> str:
         config.end_ids,
         config.image_token_id,
         config.video_token_id,
-        config.vision_config.spatial_merge_size,
+        vision_section(config).spatial_merge_size,
     ]
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]

@@ -184,7 +184,7 @@ def pack_dataset(
         ValueError: If a sample cannot be trained on, none fits, or one is too long with ``overlong: error``.
     """
     sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad)
-    block, anchor = collator.config.block_size, collator.anchor_block_size
+    block, anchor = collator.block_size, collator.anchor_block_size
     lengths = sizes.row_lengths(
         block,
         turns=collator.turns,
