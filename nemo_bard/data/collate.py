@@ -20,7 +20,15 @@ from transformers import BatchFeature, ProcessorMixin
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
 from nemo_bard.data.rejects import ERRORS, BadSample
-from nemo_bard.method.layout import CONTEXT, IGNORE_INDEX, PADDING, find_responses, sample_layout
+from nemo_bard.method.layout import (
+    CONTEXT,
+    IGNORE_INDEX,
+    PADDING,
+    PLAIN_ROW,
+    RowOptions,
+    find_responses,
+    sample_layout,
+)
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.upstream.transformers import rope_index, vision_section
 
@@ -78,9 +86,7 @@ def lay_out_sample(
     *,
     supervised: Sequence[int] | None = None,
     pad_token_id: int | None = None,
-    anchor_block_size: int | None = None,
-    noisy_copies: int = 1,
-    next_token: bool = False,
+    options: RowOptions = PLAIN_ROW,
     **extra: Any,
 ) -> TrainingSample:
     """Lay one tokenised conversation out for training.
@@ -92,9 +98,7 @@ def lay_out_sample(
         block_size: Tokens per block.
         supervised: Indices of the responses to learn; all if None.
         pad_token_id: Id that fills the last block of a response; the token that ends the response if None.
-        anchor_block_size: See ``layout.sample_layout``.
-        noisy_copies: Likewise.
-        next_token: Likewise.
+        options: What the row holds besides, see ``layout.sample_layout``.
         **extra: Further fields of ``TrainingSample``.
 
     Returns:
@@ -108,9 +112,7 @@ def lay_out_sample(
         responses,
         block_size,
         supervised=supervised,
-        anchor_block_size=anchor_block_size,
-        noisy_copies=noisy_copies,
-        next_token=next_token,
+        options=options,
     )
     ends = torch.tensor([end - 1 for _, end in responses])
     source = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
@@ -177,10 +179,9 @@ class BlockDiffusionCollator:
         turns: Supervise ``all`` assistant turns, or only the ``last``.
         overlong: What to do with a longer sample: ``drop`` (logged; ``num_dropped`` of the batch) or ``error``.
         pad_to_multiple_of: Round the row length up to a multiple of this.
-        anchor_block_size: Block size of a distillation anchor that reads the same rows (the recipe's, not a setting).
         max_row_length: Longest row of samples that share one, ``max_length`` if None (the recipe's, not a setting).
-        noisy_copies: Noisy copies of each response (the recipe's): two for noise with its complement.
-        next_token: Whether the context predicts the responses too (the recipe's): adds ``ar_response_ids``.
+        options: What rows hold besides (the recipe's): with an anchor's block size a batch has ``anchor_block_ids``, with
+            ``next_token`` it has ``ar_response_ids``; noise with its complement needs two noisy copies.
 
     Raises:
         ValueError: If a setting is not allowed or the configuration lacks a token id.
@@ -195,10 +196,8 @@ class BlockDiffusionCollator:
         turns: str = "all",
         overlong: str = "drop",
         pad_to_multiple_of: int = 1,
-        anchor_block_size: int | None = None,
         max_row_length: int | None = None,
-        noisy_copies: int = 1,
-        next_token: bool = False,
+        options: RowOptions = PLAIN_ROW,
     ) -> None:
         for name, value, allowed in (("turns", turns, TURNS), ("overlong", overlong, OVERLONG)):
             if value not in allowed:
@@ -215,9 +214,8 @@ class BlockDiffusionCollator:
                 raise ValueError(f"the model's config.json has no {name}; make a start point with `nemo-bard convert`")
         self.processor, self.config = processor, config
         self.max_length, self.turns, self.overlong = max_length, turns, overlong
-        self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
+        self.pad_to_multiple_of, self.options = pad_to_multiple_of, options
         self.max_row_length = max_row_length or max_length
-        self.noisy_copies, self.next_token = noisy_copies, next_token
         self._media_tokens = MediaTokens(
             config.image_token_id, config.video_token_id, vision_section(config).spatial_merge_size ** 2
         )
@@ -316,9 +314,7 @@ class BlockDiffusionCollator:
             responses,
             self.block_size,
             supervised=None if self.turns == "all" else [len(responses) - 1],
-            anchor_block_size=self.anchor_block_size,
-            noisy_copies=self.noisy_copies,
-            next_token=self.next_token,
+            options=self.options,
             sample_index=index,
         )
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
@@ -431,7 +427,7 @@ class BlockDiffusionCollator:
         lengths = [sum(len(sample) for sample, _ in row) for row in parts]
         multiple = self.pad_to_multiple_of
         length = -(-max(lengths) // multiple) * multiple
-        names = ("response", "next_response") if self.next_token else ("response",)
+        names = ("response", "next_response") if self.options.next_token else ("response",)
         offset, responses = 0, {name: [] for name in names}
         for row in parts:
             shifted = {name: [] for name in names}
@@ -448,8 +444,8 @@ class BlockDiffusionCollator:
 
         laid_out = [sample for row in parts for sample, _ in row]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
-        extra = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
-        if self.next_token:
+        extra = {} if self.options.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
+        if self.options.next_token:
             extra["ar_response_ids"] = _pad(responses["next_response"], length, -1)
         return {
             **extra,
