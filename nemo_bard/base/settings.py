@@ -150,17 +150,26 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | None, section: str = 
     return cls(**values)
 
 
-def add_flags(group: Any, fields: Iterable[dataclasses.Field[Any]]) -> None:
-    """Add a ``--kebab-case`` option for every setting that is one; what is not given is None in the result."""
+def add_flags(group: Any, fields: Iterable[dataclasses.Field[Any]], *, show_defaults: bool = False) -> None:
+    """Add a ``--kebab-case`` option for every setting that is one; what is not given is None in the result.
+
+    Args:
+        group: Parser or group of one.
+        fields: Fields of a settings class.
+        show_defaults: Tell defaults, and demand what has none.
+    """
     for field in fields:
         check, name = field.metadata.get("check"), f"--{field.name.replace('_', '-')}"
         if check is None or not field.metadata["flag"]:
             continue
+        words = field.metadata["help"] + (f" ({', '.join(check.choices())})" if check.choices else "")
+        required = show_defaults and field.default is dataclasses.MISSING
+        if show_defaults and not required:
+            words += f" (default: {field.default})"
         if check.parse is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=words)
         else:
-            names = f" ({', '.join(check.choices())})" if check.choices else ""
-            group.add_argument(name, type=check.parse, metavar=check.metavar, help=field.metadata["help"] + names)
+            group.add_argument(name, type=check.parse, metavar=check.metavar, help=words, required=required)
 
 
 def given_flags(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def read_generation_config(
 
     check_device(device)
     file = folder / "generation_config.json"
-    base = BardGenerationConfig.from_pretrained(folder) if file.is_file() else None
-    return BardGenerationConfig.from_generation_config(base).updated(**overrides)
+    saved = BardGenerationConfig.from_pretrained(folder) if file.is_file() else None
+    return BardGenerationConfig.from_generation_config(saved).updated(**overrides)
 
 
 def positive(text: str) -> int:

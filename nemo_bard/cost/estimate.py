@@ -8,9 +8,10 @@ in transformers' Qwen3-VL layers. ``b`` is the bytes of the compute dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.base.settings import choice, flag, fraction, integer, number, setting, text
 from nemo_bard.upstream.transformers import text_section, vision_section
 
 if TYPE_CHECKING:
@@ -294,35 +295,26 @@ class PlanSettings:
         ValueError: If a value is not allowed.
     """
 
-    model: str
-    gpus: int
-    max_length: int = 8192
-    block_size: int = 8
-    global_batch_size: int = 256
-    gpu: str = "h100"
-    dtype: str = "bfloat16"
-    activation_checkpointing: bool = False
-    dense_mask: bool = False
-    samples: float = 4.4e6
-    utilisation: float = 0.4
-    prompt_tokens: int = 530
-    image_tokens: int = 400
-    response_tokens: int = 170
-    supervised: float = 0.5
-    real_tokens: float = 0.97
+    model: str = setting(check=text(), help="shape: tiny, cpu, 2b, 4b or 8b")
+    gpus: int = setting(check=integer(), help="GPUs that train")
+    max_length: int = setting(8192, integer(), "row length")
+    block_size: int = setting(8, integer(), "tokens denoised together")
+    global_batch_size: int = setting(256, integer(), "samples of an optimizer step")
+    gpu: str = setting("h100", choice(lambda: GPUS), "kind of GPU")
+    dtype: str = setting("bfloat16", choice(lambda: DTYPE_BYTES), "compute dtype")
+    activation_checkpointing: bool = setting(False, flag(), "compute activations again in backward")
+    dense_mask: bool = setting(False, flag(), "attention with a dense mask rather than flex")
+    samples: float = setting(4.4e6, number(1.0), "samples of the whole stage; 4.4e6 as published")
+    utilisation: float = setting(0.4, fraction(), "share of the GPU's peak")
+    prompt_tokens: int = setting(530, integer(), "prompt tokens of a sample")
+    image_tokens: int = setting(400, integer(0), "image tokens of the prompt")
+    response_tokens: int = setting(170, integer(), "response tokens of a sample")
+    supervised: float = setting(0.5, fraction(), "share of the response that is supervised")
+    real_tokens: float = setting(0.97, fraction(), "share of a row that is no padding")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("gpu", tuple(GPUS)), ("dtype", tuple(DTYPE_BYTES))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("gpus", "max_length", "block_size", "global_batch_size", "response_tokens", "prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
-        if not self.samples > 0:
-            raise ValueError(f"--samples must be > 0, got {self.samples:g}")
-        for name in ("utilisation", "supervised", "real_tokens"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be in (0, 1], got {getattr(self, name):g}")
+        for field in fields(self):
+            field.metadata["check"](f"--{field.name.replace('_', '-')}", getattr(self, field.name))
         if not 0 <= self.image_tokens <= self.prompt_tokens:
             raise ValueError(
                 f"--image-tokens must be 0 to --prompt-tokens {self.prompt_tokens}, got {self.image_tokens}"

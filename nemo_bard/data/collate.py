@@ -11,18 +11,26 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.encode import MediaTokens, encode, encode_headers, find_media
 from nemo_bard.data.rejects import ERRORS, BadSample
-from nemo_bard.method.layout import CONTEXT, IGNORE_INDEX, PADDING, find_responses, sample_layout
+from nemo_bard.method.layout import (
+    CONTEXT,
+    IGNORE_INDEX,
+    PADDING,
+    PLAIN_ROW,
+    RowOptions,
+    find_responses,
+    sample_layout,
+)
 from nemo_bard.model.configuration import BardVLConfig
-from nemo_bard.upstream.transformers import rope_index
+from nemo_bard.upstream.transformers import rope_index, vision_section
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +86,7 @@ def lay_out_sample(
     *,
     supervised: Sequence[int] | None = None,
     pad_token_id: int | None = None,
-    anchor_block_size: int | None = None,
-    noisy_copies: int = 1,
-    next_token: bool = False,
+    options: RowOptions = PLAIN_ROW,
     **extra: Any,
 ) -> TrainingSample:
     """Lay one tokenised conversation out for training.
@@ -92,9 +98,7 @@ def lay_out_sample(
         block_size: Tokens per block.
         supervised: Indices of the responses to learn; all if None.
         pad_token_id: Id that fills the last block of a response; the token that ends the response if None.
-        anchor_block_size: See ``layout.sample_layout``.
-        noisy_copies: Likewise.
-        next_token: Likewise.
+        options: What the row holds besides, see ``layout.sample_layout``.
         **extra: Further fields of ``TrainingSample``.
 
     Returns:
@@ -108,9 +112,7 @@ def lay_out_sample(
         responses,
         block_size,
         supervised=supervised,
-        anchor_block_size=anchor_block_size,
-        noisy_copies=noisy_copies,
-        next_token=next_token,
+        options=options,
     )
     ends = torch.tensor([end - 1 for _, end in responses])
     source = torch.where(layout.padding, ends[layout.response.clamp_min(0)], layout.source)
@@ -177,10 +179,9 @@ class BlockDiffusionCollator:
         turns: Supervise ``all`` assistant turns, or only the ``last``.
         overlong: What to do with a longer sample: ``drop`` (logged; ``num_dropped`` of the batch) or ``error``.
         pad_to_multiple_of: Round the row length up to a multiple of this.
-        anchor_block_size: Block size of a distillation anchor that reads the same rows (the recipe's, not a setting).
         max_row_length: Longest row of samples that share one, ``max_length`` if None (the recipe's, not a setting).
-        noisy_copies: Noisy copies of each response (the recipe's): two for noise with its complement.
-        next_token: Whether the context predicts the responses too (the recipe's): adds ``ar_response_ids``.
+        options: What rows hold besides (the recipe's): with an anchor's block size a batch has ``anchor_block_ids``, with
+            ``next_token`` it has ``ar_response_ids``; noise with its complement needs two noisy copies.
 
     Raises:
         ValueError: If a setting is not allowed or the configuration lacks a token id.
@@ -195,10 +196,8 @@ class BlockDiffusionCollator:
         turns: str = "all",
         overlong: str = "drop",
         pad_to_multiple_of: int = 1,
-        anchor_block_size: int | None = None,
         max_row_length: int | None = None,
-        noisy_copies: int = 1,
-        next_token: bool = False,
+        options: RowOptions = PLAIN_ROW,
     ) -> None:
         for name, value, allowed in (("turns", turns, TURNS), ("overlong", overlong, OVERLONG)):
             if value not in allowed:
@@ -215,11 +214,10 @@ class BlockDiffusionCollator:
                 raise ValueError(f"the model's config.json has no {name}; make a start point with `nemo-bard convert`")
         self.processor, self.config = processor, config
         self.max_length, self.turns, self.overlong = max_length, turns, overlong
-        self.pad_to_multiple_of, self.anchor_block_size = pad_to_multiple_of, anchor_block_size
+        self.pad_to_multiple_of, self.options = pad_to_multiple_of, options
         self.max_row_length = max_row_length or max_length
-        self.noisy_copies, self.next_token = noisy_copies, next_token
         self._media_tokens = MediaTokens(
-            config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size**2
+            config.image_token_id, config.video_token_id, vision_section(config).spatial_merge_size ** 2
         )
         self._rope_index = rope_index(config)
         self.keep_bad = False
@@ -227,6 +225,17 @@ class BlockDiffusionCollator:
         to the recipe, instead of raising ValueError."""
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block, the model's.
+
+        Raises:
+            ValueError: If its configuration does not say.
+        """
+        if self.config.block_size is None:
+            raise ValueError("the model's config.json has no block_size; make a start point with `nemo-bard convert`")
+        return self.config.block_size
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Collate rows of samples; see ``stack`` for the batch.
@@ -303,11 +312,9 @@ class BlockDiffusionCollator:
             ids.masked_fill(ids == self.config.video_token_id, self.config.image_token_id),
             self._positions(ids, inputs),
             responses,
-            self.config.block_size,
+            self.block_size,
             supervised=None if self.turns == "all" else [len(responses) - 1],
-            anchor_block_size=self.anchor_block_size,
-            noisy_copies=self.noisy_copies,
-            next_token=self.next_token,
+            options=self.options,
             sample_index=index,
         )
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
@@ -370,7 +377,7 @@ class BlockDiffusionCollator:
                 raise ValueError(f"sample {index}: assistant turn {number} is empty")
         return spans
 
-    def _positions(self, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def _positions(self, ids: Tensor, inputs: BatchFeature) -> Tensor:
         """M-RoPE positions ``[3, S]`` of a conversation, by Qwen3-VL's own function."""
         kinds = (ids == self.config.image_token_id).long() + 2 * (ids == self.config.video_token_id).long()
         positions, _ = self._rope_index(
@@ -383,9 +390,10 @@ class BlockDiffusionCollator:
 
     def _hidden_image(self) -> TrainingSample:
         """One image token with blank patches, part of no sample."""
-        vision = self.config.vision_config
+        vision = vision_section(self.config)
         side = vision.spatial_merge_size
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        frames, patch = cast("tuple[int, int]", (vision.temporal_patch_size, vision.patch_size))
+        values = vision.in_channels * frames * patch**2
         one = torch.zeros(1, dtype=torch.int64)
         return TrainingSample(
             input_ids=one + self.config.image_token_id,
@@ -419,7 +427,7 @@ class BlockDiffusionCollator:
         lengths = [sum(len(sample) for sample, _ in row) for row in parts]
         multiple = self.pad_to_multiple_of
         length = -(-max(lengths) // multiple) * multiple
-        names = ("response", "next_response") if self.next_token else ("response",)
+        names = ("response", "next_response") if self.options.next_token else ("response",)
         offset, responses = 0, {name: [] for name in names}
         for row in parts:
             shifted = {name: [] for name in names}
@@ -434,10 +442,10 @@ class BlockDiffusionCollator:
         def rows_of(name: str, fill: int | bool) -> Tensor:
             return _pad([torch.cat([getattr(sample, name) for sample, _ in row]) for row in parts], length, fill)
 
-        media = [sample for row in parts for sample, _ in row if sample.grid_thw is not None]
+        laid_out = [sample for row in parts for sample, _ in row]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
-        extra = {} if self.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
-        if self.next_token:
+        extra = {} if self.options.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
+        if self.options.next_token:
             extra["ar_response_ids"] = _pad(responses["next_response"], length, -1)
         return {
             **extra,
@@ -454,6 +462,6 @@ class BlockDiffusionCollator:
             "noise_keys": keys,
             "num_samples": len(keys),
             "rejects": [],
-            "pixel_values": torch.cat([sample.pixel_values for sample in media]),
-            "image_grid_thw": torch.cat([sample.grid_thw for sample in media]),
+            "pixel_values": torch.cat([sample.pixel_values for sample in laid_out if sample.pixel_values is not None]),
+            "image_grid_thw": torch.cat([sample.grid_thw for sample in laid_out if sample.grid_thw is not None]),
         }

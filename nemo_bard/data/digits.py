@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -94,14 +94,14 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     """Scans ``[1797, 8, 8]`` float64 in 0..16, and their digits ``[1797]`` int64."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data = cast("Any", load_digits())
     return data.images, data.target
 
 
 @functools.cache
 def _cells(side: int) -> np.ndarray:
     """All scans as black ink on white, enlarged to ``side``: ``[1797, side, side]`` uint8."""
-    ink = np.uint8(np.round(255.0 * (1.0 - _scans()[0] / _SCAN_LEVELS)))
+    ink = np.round(255.0 * (1.0 - _scans()[0] / _SCAN_LEVELS)).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)) for scan in ink])
 
 
@@ -190,7 +190,7 @@ def make_digits(
     *,
     seed: int = 0,
     questions: Sequence[str] | None = None,
-    **shape: int | str,
+    **shape: Any,
 ) -> DigitsDataset:
     """Build the ``digits`` data set; what an AutoModel recipe names as ``dataset: {_target_: ...}``.
 

@@ -16,12 +16,14 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.collate import BlockDiffusionCollator, Outline
 from nemo_bard.data.rejects import ERRORS
+from nemo_bard.method.layout import PLAIN_ROW, RowOptions
+from nemo_bard.upstream.transformers import vision_section
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +78,23 @@ class SampleSizes:
         block_size: int,
         *,
         turns: str = "all",
-        anchor_block_size: int | None = None,
-        noisy_copies: int = 1,
-        next_token: bool = False,
+        options: RowOptions = PLAIN_ROW,
     ) -> np.ndarray:
         """Tokens of every sample's training row, ``[n]`` int64; arguments as ``BlockDiffusionCollator``'s."""
         sizes = (self.responses[:, 1] - self.responses[:, 0]).astype(np.int64)
         padded = -(-sizes // block_size) * block_size
         last = self.response_edges[1:] - 1
         noisy = padded[last] if turns == "last" else np.add.reduceat(padded, self.response_edges[:-1])
-        kept = self.responses[last, 1].astype(np.int64) if next_token else self._kept(anchor_block_size or block_size)
-        return kept + noisy_copies * noisy
+        if options.next_token:
+            kept = self.responses[last, 1].astype(np.int64)
+        else:
+            kept = self._kept(options.anchor_block_size or block_size)
+        return kept + options.noisy_copies * noisy
 
-    def vision_tokens(self, block_size: int, *, anchor_block_size: int | None = None) -> np.ndarray:
+    def vision_tokens(self, block_size: int, *, options: RowOptions = PLAIN_ROW) -> np.ndarray:
         """Image and video tokens of every sample's training row, ``[n]`` int64."""
         owner = np.repeat(np.arange(len(self)), np.diff(self.media_edges))
-        laid_out = self.media[:, 0] < self._kept(anchor_block_size or block_size)[owner]
+        laid_out = self.media[:, 0] < self._kept(options.anchor_block_size or block_size)[owner]
         counts = np.bincount(owner, weights=self.media[:, 1] * laid_out, minlength=len(self))
         return counts.astype(np.int64)
 
@@ -116,7 +119,7 @@ class SampleSizes:
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); delete it") from error
 
 
-class _Chunks:
+class _Chunks(Dataset[list[Outline]]):
     """Outlines of ``_CHUNK`` samples each, for a data loader's workers."""
 
     def __init__(self, dataset: Any, collator: BlockDiffusionCollator, *, drop_bad: bool) -> None:
@@ -237,6 +240,6 @@ def _key(fingerprint: str, collator: BlockDiffusionCollator) -> str:
         config.end_ids,
         config.image_token_id,
         config.video_token_id,
-        config.vision_config.spatial_merge_size,
+        vision_section(config).spatial_merge_size,
     ]
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]

@@ -184,15 +184,9 @@ def pack_dataset(
         ValueError: If a sample cannot be trained on, none fits, or one is too long with ``overlong: error``.
     """
     sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad)
-    block, anchor = collator.config.block_size, collator.anchor_block_size
-    lengths = sizes.row_lengths(
-        block,
-        turns=collator.turns,
-        anchor_block_size=anchor,
-        noisy_copies=collator.noisy_copies,
-        next_token=collator.next_token,
-    )
-    vision = sizes.vision_tokens(block, anchor_block_size=anchor)
+    block, options = collator.block_size, collator.options
+    lengths = sizes.row_lengths(block, turns=collator.turns, options=options)
+    vision = sizes.vision_tokens(block, options=options)
     collator.lengths_file = path
     unknown = lengths >= UNKNOWN_LENGTH
     overlong = np.flatnonzero((lengths > collator.max_length) & ~unknown)

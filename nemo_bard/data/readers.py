@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_bard.base.errors import nearest
 from nemo_bard.base.registry import Registry, import_dotted
@@ -170,7 +170,7 @@ def input_files(section: Mapping[str, Any]) -> dict[str, Path]:
         reader = import_dotted(target) if isinstance(target, str) else target
     own = getattr(reader, "input_files", None)
     if callable(own):
-        found: Mapping[str, Any] | Iterable[Any] = own(**settings)
+        found = cast("Mapping[str, Any] | Iterable[Any]", own(**settings))
         if not isinstance(found, Mapping):
             found = {str(number): path for number, path in enumerate(found)}
         return {str(name): Path(path) for name, path in found.items()}

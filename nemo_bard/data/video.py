@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_bard.base.errors import one_line
 
@@ -56,7 +56,7 @@ def read_video(path: str | os.PathLike, video_processor: Any) -> tuple[Any, Any]
         return video_processor.sample_frames(metadata=metadata, fps=video_processor.fps)
 
     try:
-        frames, metadata = load_video(str(path), backend=decoder, sample_indices_fn=sample)
+        frames, metadata = load_video(cast("Any", str(path)), backend=decoder, sample_indices_fn=sample)
     except Exception as error:  # the decoders' own exception classes have no common base
         raise ValueError(f"video {path} cannot be read with {decoder} ({one_line(error)})") from error
     if len(frames) != len(metadata.frames_indices):

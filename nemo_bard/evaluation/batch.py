@@ -118,7 +118,7 @@ def read_prompts(path: Path, run_key: str, *, root_dir: Path | None = None) -> l
     seen: dict[str | int, int] = {}
     for number, raw in enumerate(raw_lines, start=1):
         try:
-            record = load_json(raw)
+            record: Any = load_json(raw)
             conversation = parse_prompt(record, root_dir if root_dir is not None else path.parent)
             for media in media_of(conversation):
                 media.check()
@@ -159,14 +159,11 @@ def finished_lines(output: Path, prompts: list[PromptLine]) -> tuple[int, int]:
     size = 0
     for index, raw in enumerate(whole):
         where = f"{output}:{index + 1}"
-        record = None
-        with contextlib.suppress(ValueError):
-            record = json.loads(raw)
-        complete = raw.endswith(b"\n") and isinstance(record, dict)
-        if not complete and index + 1 == len(whole) and not raw.endswith(b"\n"):
+        record = _written_record(raw)
+        if record is None and index + 1 == len(whole) and not raw.endswith(b"\n"):
             logger.warning("%s was cut while it was written; it is done again", where)
             return index, size
-        if not complete or not {"id", "text", "key"} <= record.keys():
+        if record is None or not {"id", "text", "key"} <= record.keys():
             raise ValueError(f"{where} is no line that this command wrote; {hint}")
         if index >= len(prompts):
             raise ValueError(f"{output} holds more lines than there are prompts ({len(prompts)}); {hint}")
@@ -174,6 +171,14 @@ def finished_lines(output: Path, prompts: list[PromptLine]) -> tuple[int, int]:
             raise ValueError(f"{where} (id {record['id']!r}) was made from another prompt, model or setting; {hint}")
         size += len(raw)
     return len(whole), size
+
+
+def _written_record(raw: bytes) -> dict[str, Any] | None:
+    """The answer in a line that ends, None where there is none."""
+    record = None
+    with contextlib.suppress(ValueError):
+        record = json.loads(raw)
+    return record if raw.endswith(b"\n") and isinstance(record, dict) else None
 
 
 def append_lines(output: Path, records: list[dict[str, Any]]) -> None:

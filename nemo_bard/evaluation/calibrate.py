@@ -277,10 +277,10 @@ def calibrate(
     if repeats < 1:
         raise ValueError(f"repeats must be an integer >= 1, got {repeats!r}")
     goal = goal if goal is not None else Goal()
-    base = base if base is not None else model.generation_config
-    measured = base if max_new_tokens is None else base.updated(max_new_tokens=max_new_tokens)
+    start: BardGenerationConfig = base if base is not None else model.generation_config
+    measured = start if max_new_tokens is None else start.updated(max_new_tokens=max_new_tokens)
     trained = model.config.block_size
-    present = current_setting(base, trained)
+    present = current_setting(start, trained)
     settings = list(dict.fromkeys([present, *grid]))
     results: dict[Setting, EvalResult] = {}
     with tqdm(total=repeats * len(settings), desc="calibrating", unit="run", disable=None) as bar, _quiet_block_sizes():
@@ -319,7 +319,7 @@ def calibrate(
         goal=goal,
         metric=one.metric,
         num_samples=one.num_samples,
-        config=chosen.setting.apply(base, trained),
+        config=chosen.setting.apply(start, trained),
         environment={**_environment(model, batch_size), "repeats": repeats},
     )
 

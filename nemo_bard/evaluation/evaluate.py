@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -114,7 +114,7 @@ def edit_distance(a: str, b: str) -> int:
 SCORERS: dict[str, Scorer] = {"exact_match": exact_match, "accuracy": accuracy}
 
 
-def resolve_scorer(scorer: str | Scorer | None, dataset: Any = None) -> Scorer:
+def resolve_scorer(scorer: str | Scorer | None, dataset: Any = None) -> Callable[[str, str], dict[str, float]]:
     """Find a scorer.
 
     Args:
@@ -170,7 +170,7 @@ def _find_scorer(name: str) -> Scorer:
         raise ValueError(f"scorer {name!r} cannot be imported ({error}); allowed: {allowed}") from error
     if not callable(function):
         raise ValueError(f"scorer {name!r} is not a function")
-    return function
+    return cast("Scorer", function)
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -230,7 +230,7 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str =
         from transformers import Qwen3VLForConditionalGeneration as ModelClass
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = ModelClass.from_pretrained(path, dtype=getattr(torch, dtype))
+        model = cast("torch.nn.Module", ModelClass.from_pretrained(path, dtype=getattr(torch, dtype)))
     except OSError as error:  # transformers' way to say that files are missing
         raise ValueError(f"model folder {path} is not complete: {' '.join(str(error).split())}") from error
     return model.to(target).eval(), processor

@@ -198,22 +198,21 @@ class Decoder:
                 chosen = is_masked  # whatever a strategy leaves, no mask id comes out
             change = chosen & is_masked & running.unsqueeze(1) & (proposed != settings.mask_token_id)
             still_masked = is_masked & ~change
+            unfinished = still_masked.any(1)
+            next_running = unfinished & (step + 1 < settings.denoising_steps)
             if editing:
                 edit = ~is_masked & (proposed != canvas) & (confidence > threshold) & running.unsqueeze(1)
                 edit &= proposed != settings.mask_token_id
                 was_done = ~is_masked.any(1)
                 post_steps = post_steps + (was_done & running)
                 change = change | edit
+                # Revision may go on after the last mask: at first unconditionally, then as long as something changes.
+                again = running & ~unfinished & (post_steps < settings.given.max_post_edit_steps)
+                next_running = next_running | (again & (~was_done | change.any(1)))
             canvas = torch.where(change, proposed, canvas)
             if settings.given.output_history:
                 self._record(block, step, live, running_rows, canvas, confidence, change)
             is_masked = still_masked
-            unfinished = is_masked.any(1)
-            next_running = unfinished & (step + 1 < settings.denoising_steps)
-            if editing:
-                # Revision may go on after the last mask: at first unconditionally, then as long as something changes.
-                again = running & ~unfinished & (post_steps < settings.given.max_post_edit_steps)
-                next_running = next_running | (again & (~was_done | change.any(1)))
             wanted = (torch.ones_like(is_masked) if editing else is_masked) & next_running.unsqueeze(1)
             first_end = torch.where(torch.isin(canvas, self.end_ids), columns, size).amin(1)
             summary = torch.stack([next_running.long(), wanted.sum(1), first_end]).tolist()  # the step's one host sync

@@ -221,8 +221,7 @@ class PlainEngine(BlockEngine):
         """Run the block and take it out of the cache again."""
         query = self._block_ids(0, NOISY)
         logits = self._forward(canvas, self._block_positions(0), self._mask(query, query))
-        for layer in self.cache.layers:
-            layer.crop(-canvas.shape[1])
+        self.cache.crop(-canvas.shape[1])
         return logits.flatten(0, 1).index_select(0, positions)
 
     def advance(self, finished: Tensor, canvas: Tensor, positions: Tensor) -> Tensor:
@@ -235,5 +234,4 @@ class PlainEngine(BlockEngine):
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""
         super().select(rows)
-        for layer in self.cache.layers:
-            layer.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from nemo_bard.base.errors import unknown_name
 from nemo_bard.generation.decode import Decoder, DecodeResult, Hooks, StepRecord

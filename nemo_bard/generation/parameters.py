@@ -175,7 +175,7 @@ def strategy_fields(name: str) -> dict[str, Field[Any]]:
 
 def calibrated_strategies() -> list[str]:
     """Strategies that calibration tries by itself, the default one first."""
-    first = GENERAL["remasking_strategy"].default
+    first = GenerationSettings.remasking_strategy
     return [first, *(name for name in STRATEGIES if name != first and STRATEGIES.get(name).calibrated)]
 
 

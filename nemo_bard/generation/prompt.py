@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def _cpu(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.cpu()
 
 
-def _check_vision(config: object, rows: list[Tensor], vision: dict[str, Tensor]) -> None:
+def _check_vision(config: Any, rows: list[Tensor], vision: dict[str, Tensor]) -> None:
     merge = config.vision_config.spatial_merge_size**2
     for kind, pixels, grid, token in (
         ("image", "pixel_values", "image_grid_thw", config.image_token_id),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from nemo_bard.generation.settings import BardGenerationConfig
@@ -39,14 +39,14 @@ class DecodableModel(Protocol):
         """Logits ``[K, V]`` at flat ``output_positions`` ``[K]`` of ``[N * L]``, ``[N, L, V]`` without them."""
         ...
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+    def get_input_embeddings(self) -> Any:
+        """The embedding, a module with ``weight`` ``[V, H]``."""
         ...
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
-        """What the vision tower makes of images."""
+    def get_image_features(self, pixel_values: Any, image_grid_thw: Any, **kwargs: Any) -> Any:
+        """What the vision tower makes of images: tensors, patches and their grids ``[images, 3]``."""
         ...
 
-    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any) -> Any:
-        """What the vision tower makes of videos."""
+    def get_video_features(self, pixel_values_videos: Any, video_grid_thw: Any, **kwargs: Any) -> Any:
+        """What the vision tower makes of videos, likewise."""
         ...

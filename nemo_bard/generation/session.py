@@ -55,6 +55,8 @@ class BlockCacheLayer(CacheLayerMixin):
         """Write the new states and return what the queries may look at, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         if (columns := self.cursor["columns"]) is not None:
             self.keys.index_copy_(2, columns, key_states)
             self.values.index_copy_(2, columns, value_states)
@@ -79,6 +81,8 @@ class BlockCacheLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""
+        assert self.keys is not None
+        assert self.values is not None
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 

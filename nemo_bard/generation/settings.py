@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 from transformers import GenerationConfig
 
@@ -14,8 +15,8 @@ from nemo_bard.generation.strategies import Strategy
 logger = logging.getLogger(__name__)
 
 
-def as_id_list(value: int | list[int] | None) -> list[int]:
-    """Return a token id, a list of them or None as a list."""
+def as_id_list(value: int | Sequence[int] | None) -> list[int]:
+    """Return a token id, several of them or None as a list."""
     if value is None:
         return []
     return [int(value)] if isinstance(value, int) else [int(v) for v in value]
@@ -42,8 +43,8 @@ class BardGenerationConfig(GenerationConfig):
 
     _METADATA: ClassVar[tuple[str, ...]] = ("transformers_version", "_from_model_config", "_commit_hash", CLASS_MARKER)
     _TOKEN_IDS: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    remasking_strategy: str
     block_size: int | None
+    remasking_strategy: str
     return_step_stats: bool
 
     def __init__(self, **kwargs: Any) -> None:
@@ -72,9 +73,9 @@ class BardGenerationConfig(GenerationConfig):
         """
         return build_settings(vars(self))
 
-    def validate(self, strict: bool = False, **_: Any) -> None:
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Raise ValueError for a value that is not allowed."""
-        del strict
+        del strict, user_set_attributes
         self.resolve()
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +96,8 @@ class BardGenerationConfig(GenerationConfig):
         """Build from a dictionary, as read from ``generation_config.json``.
 
         A file that this class did not write (Qwen3-VL's, or a released Bard-VL's) holds autoregressive settings; of
-        those only the token ids are taken, and what is left out is logged.
+        those only the token ids are taken, and what is left out is logged. With ``return_unused_kwargs=True`` a pair with
+        an empty dictionary is returned, which the declared type leaves out, as transformers' does.
         """
         values = dict(config_dict)
         if values.get(CLASS_MARKER) is None:
@@ -106,7 +108,7 @@ class BardGenerationConfig(GenerationConfig):
         unused = kwargs.pop("return_unused_kwargs", False)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("_from_auto", "_from_pipeline")}
         config = cls(**{**values, **kwargs})
-        return (config, {}) if unused else config
+        return cast("BardGenerationConfig", (config, {})) if unused else config
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> BardGenerationConfig:

@@ -36,6 +36,29 @@ class TokenIds(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What a training row holds besides its context and one noisy copy of each response."""
+
+    anchor_block_size: int | None = None
+    """Block size of a second model (a distillation anchor) that reads the same row. The clean tokens that its noisy tokens
+    see are laid out as well. It knows no blocks behind a response's end: no decoding gets there, so that it has nothing to
+    teach about them."""
+    noisy_copies: int = 1
+    """Noisy copies of each supervised response, side by side. Copies do not see each other, by their block ids alone: with
+    ``n`` copies, block ``b`` is ``n b + n - 1`` in the context and ``n b + n - 1 - c`` in copy ``c``, so that a copy has
+    its own ids and still sees exactly the context of blocks before ``b``."""
+    next_token: bool = False
+    """Also predict the supervised responses from the context, token by token: their clean tokens are laid out up to the
+    last one, and ``next_response`` says where."""
+
+    def __post_init__(self) -> None:
+        assert self.noisy_copies >= 1
+
+
+PLAIN_ROW = RowOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleLayout:
     """The training row of one sample, ``[context | noisy copies]``; every tensor is ``[L]``.
 
@@ -168,9 +191,7 @@ def sample_layout(
     *,
     supervised: Sequence[int] | None = None,
     drop_last_clean_block: bool = True,
-    anchor_block_size: int | None = None,
-    noisy_copies: int = 1,
-    next_token: bool = False,
+    options: RowOptions = PLAIN_ROW,
 ) -> SampleLayout:
     """Lay one conversation out as ``[context | noisy copies of the supervised responses]``.
 
@@ -184,23 +205,16 @@ def sample_layout(
         block_size: Tokens per block.
         supervised: Indices into ``responses`` that get a noisy copy; all if None.
         drop_last_clean_block: Leave out context tokens that no supervised token sees.
-        anchor_block_size: Block size of a second model (a distillation anchor) that reads the same row. The clean
-            tokens that its noisy tokens see are laid out as well. It knows no blocks behind a response's end: no
-            decoding gets there, so that it has nothing to teach about them.
-        noisy_copies: Noisy copies of each supervised response, side by side. Copies do not see each other, by their
-            block ids alone: with ``n`` copies, block ``b`` is ``n b + n - 1`` in the context and ``n b + n - 1 - c`` in
-            copy ``c``, so that a copy has its own ids and still sees exactly the context of blocks before ``b``.
-        next_token: Also predict the supervised responses from the context, token by token: their clean tokens are laid
-            out up to the last one, and ``next_response`` says where.
+        options: What the row holds besides.
 
     Returns:
-        The layout; its noisy part is ``noisy_copies * sum(ceil(len / B) * B)`` tokens long.
+        The layout; its noisy part is ``options.noisy_copies * sum(ceil(len / B) * B)`` tokens long.
 
     Raises:
         ValueError: If there is no supervised response or not that many, ``block_size`` < 1, it is no multiple of
-            ``anchor_block_size``, or the spans are wrong.
+            ``options.anchor_block_size``, or the spans are wrong.
     """
-    assert noisy_copies >= 1
+    anchor_block_size, noisy_copies = options.anchor_block_size, options.noisy_copies
     if anchor_block_size is not None:
         check_anchor_block_size(block_size, anchor_block_size)
     smallest = anchor_block_size or block_size
@@ -213,7 +227,7 @@ def sample_layout(
         raise ValueError(f"supervised must index the {len(responses)} responses, got {list(supervised or ())}")
     last_start, last_end = responses[chosen[-1]]
     kept = last_start + (last_end - last_start - 1) // smallest * smallest if drop_last_clean_block else length
-    if next_token:
+    if options.next_token:
         kept = max(kept, last_end)
     source, offset = [torch.arange(kept)], [torch.zeros(kept, dtype=torch.int64)]
     block, response = [blocks[:kept]], [torch.full((kept,), -1)]
@@ -245,7 +259,7 @@ def sample_layout(
         anchor_block=None
         if anchor_block_size is None
         else torch.where(anchor_ids == PADDING, PADDING, anchor_ids * noisy_copies + shift),
-        next_response=_next_responses(responses, chosen, len(source_ids)) if next_token else None,
+        next_response=_next_responses(responses, chosen, len(source_ids)) if options.next_token else None,
     )
 
 

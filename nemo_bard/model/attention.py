@@ -119,7 +119,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     kept = getattr(mask, "_additive", None)
     if kept is None or kept.dtype != dtype:
         kept = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask._additive = kept  # lives as long as the mask
+        owner: Any = mask
+        owner._additive = kept  # lives as long as the mask
     return kept
 
 
@@ -158,7 +159,8 @@ def _strips(mask: Tensor, dtype: torch.dtype) -> list[_Strip]:
         part = torch.cat([mask[:, :, rows, columns] for columns in keys], 3)
         additive = torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, float("-inf"))
         strips.append(_Strip(rows, keys, additive))
-    mask._strips = strips  # lives as long as the mask
+    owner: Any = mask
+    owner._strips = strips  # lives as long as the mask
     return strips
 
 
@@ -181,7 +183,7 @@ class _StripAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of keys and values are summed over the strips that see them."""
         query, key, value, out, *log_sums = ctx.saved_tensors
         query_grad = torch.empty_like(query)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLConfig,
@@ -12,6 +12,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
 
 from nemo_bard.generation.settings import as_id_list, check_mask_token_id
 from nemo_bard.method.layout import check_block_size, check_context_attention
+from nemo_bard.upstream.transformers import text_section
 
 QWEN3_VL_VOCAB_SIZE = 151936
 QWEN3_VL_MASK_TOKEN_ID = 151671
@@ -33,9 +34,6 @@ class BardVLConfig(Qwen3VLConfig):
     model_type = "bard_vl"
     sub_configs = {"vision_config": Qwen3VLVisionConfig, "text_config": Qwen3VLTextConfig}
 
-    if TYPE_CHECKING:  # transformers declares them as a configuration, a dictionary or None
-        text_config: Qwen3VLTextConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-        vision_config: Qwen3VLVisionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     block_size: int | None = None
     """Tokens denoised together, ``B``; None where a checkpoint does not say."""
     mask_token_id: int | None = None
@@ -98,7 +96,7 @@ class BardVLConfig(Qwen3VLConfig):
         if self.block_size is not None:
             check_block_size(self.block_size)
         check_context_attention(self.context_attention)
-        vocab_size = self.text_config.vocab_size
+        vocab_size = text_section(self).vocab_size
         if vocab_size == QWEN3_VL_VOCAB_SIZE:
             if self.mask_token_id is None:
                 self.mask_token_id = QWEN3_VL_MASK_TOKEN_ID

@@ -29,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """With ``n = x * scale``: ``scale * (g - n * mean(g * n))`` for ``x``, where ``g`` is that of ``n``."""
         x, weight, scale = ctx.saved_tensors
         normed, x_grad, weight_grad = x.float() * scale, None, None
@@ -52,7 +52,7 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``silu'(z) = sigmoid(z) * (1 + z * (1 - sigmoid(z)))``."""
         gate, up, weight = ctx.saved_tensors
         gate_grad = up_grad = weight_grad = None
@@ -73,8 +73,11 @@ class _GatedDown(torch.autograd.Function):
         return gate_grad, up_grad, weight_grad
 
 
-class LeanNorm:
+class LeanNorm(nn.Module):
     """Mixin for transformers' RMSNorm."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As the module it is mixed into."""
@@ -83,8 +86,12 @@ class LeanNorm:
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LeanMLP:
+class LeanMLP(nn.Module):
     """Mixin for transformers' gated MLP."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """As the module it is mixed into; so is what adapters or quantization made of its last layer."""

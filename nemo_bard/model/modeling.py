@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo_automodel.components.models.qwen3_vl.model import Qwen3VLForConditionalGeneration
@@ -30,7 +30,7 @@ from nemo_bard.model import attention
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.lean import slim
 from nemo_bard.upstream.torch import become
-from nemo_bard.upstream.transformers import attn_implementation
+from nemo_bard.upstream.transformers import attn_implementation, text_section
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     config_class = BardVLConfig
     generation_config_class = BardGenerationConfig
-    config: BardVLConfig
+    config: BardVLConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     decoding_attention = attention.NAME
     """Backend of ``generate``, whatever the model was loaded with."""
 
@@ -55,7 +55,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
         become(self.lm_head, OutputHead)  # the same parameters, initialised as Qwen3-VL does
-        if config.text_config.hidden_act == "silu":
+        if text_section(config).hidden_act == "silu":
             slim(self.model.language_model, Qwen3VLTextRMSNorm, Qwen3VLTextMLP)
 
     @property
@@ -100,7 +100,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """
         self._check_mask(attention_mask)
         if output_positions is None:
-            return super().forward(input_ids, attention_mask, *args, logits_to_keep=logits_to_keep, **kwargs)
+            ids = cast("torch.LongTensor | None", input_ids)
+            return super().forward(ids, attention_mask, *args, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(input_ids, attention_mask, *args, **kwargs)
         hidden = outputs[0].flatten(0, 1).index_select(0, output_positions)
         if output_fn is not None:
@@ -121,7 +122,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
             isinstance(attention_mask, Tensor)
             and attention_mask.ndim == 4
             and attention_mask.dtype == torch.bool
-            and attn_implementation(self.config.text_config) == "eager"
+            and attn_implementation(text_section(self.config)) == "eager"
         ):
             raise ValueError(
                 'attn_implementation="eager" adds a bool attention_mask as 0/1 and gives wrong results; use "sdpa"'
@@ -202,7 +203,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does; with ``checkpointer=`` (AutoModel's training), as AutoModel does."""
         if args or kwargs.get("checkpointer") is not None:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         else:
             kwargs.pop("checkpointer", None)
             PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
@@ -226,7 +227,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
 def check_checkpoint_folder(path: str | os.PathLike) -> None:
     """Raise ValueError if ``path`` is a local folder that holds no Qwen3-VL or Bard-VL checkpoint; hub ids pass."""
     if Path(path).is_dir():
-        read_model_type(path)
+        read_model_type(Path(path))
 
 
 AutoConfig.register(BardVLConfig.model_type, BardVLConfig, exist_ok=True)

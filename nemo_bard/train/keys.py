@@ -14,7 +14,7 @@ from nemo_bard.upstream.sections import constructor_keys, keys_read, section_key
 REQUIRED_SECTIONS = ("model", "dataset", "dataloader", "loss_fn", "optimizer", "distributed", "step_scheduler")
 OWN_SECTIONS = ("noise", "validation_noise", "packing", "on_bad_sample")
 COLLATOR = "nemo_bard.data.BlockDiffusionCollator"
-GIVEN_TO_COLLATOR = ("processor", "config", "anchor_block_size", "max_row_length", "noisy_copies", "next_token")
+GIVEN_TO_COLLATOR = ("processor", "config", "max_row_length", "options")
 """Parameters of the collator that AutoModel or the recipe gives it."""
 
 _NO_TENSOR_PARALLELISM = "is read with tensor parallelism only, and block masks are not split over ranks; remove it"

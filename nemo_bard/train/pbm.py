@@ -26,6 +26,7 @@ from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
 from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.generation.settings import check_mask_token_id
+from nemo_bard.method.layout import RowOptions
 from nemo_bard.method.losses import BlockDiffusionLoss
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, make_objective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
@@ -126,7 +127,7 @@ class PBMRecipe(ValidatedTraining):
         self, collate: partial, noise: NoiseSettings, *, packed: bool = False
     ) -> Callable[[list[Any]], dict[str, Any]]:
         """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
-        settings = self._collator_settings(noise)
+        settings: dict[str, Any] = {"options": self._row_options(noise)}
         if uses_flex(self._model_config, self.dist_env.device):
             settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
         if packed and self.packing.max_length is not None:
@@ -159,9 +160,9 @@ class PBMRecipe(ValidatedTraining):
         weight = self.settings.ar_loss_weight
         return JointObjective(objective, weight) if weight else objective
 
-    def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
-        """What a collator gets from the recipe besides the model's configuration; ``noise`` is that of its batches."""
-        return {"noisy_copies": 2 if noise.complementary else 1, "next_token": self.settings.ar_loss_weight > 0}
+    def _row_options(self, noise: NoiseSettings) -> RowOptions:
+        """What training rows hold; ``noise`` is that of their batches."""
+        return RowOptions(noisy_copies=2 if noise.complementary else 1, next_token=self.settings.ar_loss_weight > 0)
 
     def _fill_defaults(self) -> None:
         """Write values that depend on the machine, or that must not be upstream's default, into the configuration."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer
 
 from nemo_bard.method.chunked import chunked_top_k
-from nemo_bard.method.layout import check_anchor_block_size
+from nemo_bard.method.layout import RowOptions, check_anchor_block_size
 from nemo_bard.method.losses import DistillationLoss
 from nemo_bard.method.objectives import Objective, SWDObjective, make_objective
 from nemo_bard.method.schedule import NoiseSettings
@@ -171,8 +172,8 @@ class SWDRecipe(PBMRecipe):
     def _make_objective(self) -> Objective:
         return self._with_joint_loss(make_objective(self.loss_fn, SWDObjective, teach=self._teach))
 
-    def _collator_settings(self, noise: NoiseSettings) -> dict[str, Any]:
-        return {**super()._collator_settings(noise), "anchor_block_size": self.anchor_block_size}
+    def _row_options(self, noise: NoiseSettings) -> RowOptions:
+        return replace(super()._row_options(noise), anchor_block_size=self.anchor_block_size)
 
     def _teach(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The anchor's largest logits at the supervised tokens and their ids, each ``[K, kd_top_k]``."""

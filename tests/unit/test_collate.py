@@ -276,6 +276,12 @@ def test_wrong_setting_is_refused(tiny, options, message):
         collator(tiny, **options)
 
 
+def test_configuration_without_block_size_is_refused(tiny):
+    config = BardVLConfig(**{**tiny.config.to_dict(), "block_size": None})
+    with pytest.raises(ValueError, match="config.json has no block_size"):
+        BlockDiffusionCollator(tiny.processor, config)([sample(7, "hello", "a")])
+
+
 # ---------------------------------------------------------------- noise of a batch
 
 

@@ -1,5 +1,6 @@
 """Two noisy copies of a response, noise and complement: each token supervised once, the objective unchanged."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch
-from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask, sample_layout
+from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, RowOptions, TokenIds, attention_mask, sample_layout
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy
 from nemo_bard.method.objectives import PBMObjective, StepTotals, count
 from nemo_bard.method.schedule import NoiseSettings
@@ -49,9 +50,9 @@ def seen_by(layout, block, context_attention):
 @pytest.mark.parametrize("supervised", [[0, 1, 2], [2], [1]])
 @pytest.mark.parametrize("anchor", [None, 2])
 def test_each_copy_sees_what_a_single_copy_sees(supervised, context_attention, anchor):
-    options = {"supervised": supervised, "anchor_block_size": anchor}
-    one = sample_layout(LENGTH, RESPONSES, 4, **options)
-    two = sample_layout(LENGTH, RESPONSES, 4, noisy_copies=2, **options)
+    one_copy = RowOptions(anchor_block_size=anchor)
+    one = sample_layout(LENGTH, RESPONSES, 4, supervised=supervised, options=one_copy)
+    two = sample_layout(LENGTH, RESPONSES, 4, supervised=supervised, options=replace(one_copy, noisy_copies=2))
     assert (two.branch == CONTEXT).sum() == (one.branch == CONTEXT).sum()
     for block in ("block", "anchor_block") if anchor else ("block",):
         own, both = getattr(one, block), getattr(two, block)
@@ -71,7 +72,7 @@ def test_each_copy_sees_what_a_single_copy_sees(supervised, context_attention, a
 
 
 def test_one_copy_is_what_it_was():
-    layout = sample_layout(LENGTH, RESPONSES, 4, noisy_copies=1)
+    layout = sample_layout(LENGTH, RESPONSES, 4, options=RowOptions(noisy_copies=1))
     plain = sample_layout(LENGTH, RESPONSES, 4)
     assert torch.equal(layout.block, plain.block)
 
@@ -104,7 +105,7 @@ def context_of(tiny, seed=3):
 
 @pytest.mark.parametrize("per", ["block", "sample"])
 def test_every_response_token_is_supervised_exactly_once(tiny, per):
-    make = BlockDiffusionCollator(tiny.processor, tiny.config, noisy_copies=2)
+    make = BlockDiffusionCollator(tiny.processor, tiny.config, options=RowOptions(noisy_copies=2))
     clean = make(samples())
     batch = corrupt_batch(clean, NoiseSettings(complementary=True, per=per), context_of(tiny))
     assert batch["num_samples"] == 3
@@ -136,7 +137,7 @@ def test_levels_come_from_the_symmetric_part_of_the_range():
 
 def fake_batch(copies):
     """One response of two blocks of two tokens behind a prefix of one; ids 1 to 4."""
-    layout = sample_layout(5, [(1, 5)], 2, noisy_copies=copies)
+    layout = sample_layout(5, [(1, 5)], 2, options=RowOptions(noisy_copies=copies))
     ids = layout.source.clone()[None]
     return {
         "input_ids": ids,
@@ -196,7 +197,7 @@ def test_the_expected_loss_is_the_plain_objective(low, high):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_loss_is_the_mean_of_both_copies_laid_out_alone(tiny, reduction):
     """Same ids, two rows instead of one: ``mean`` averages the pair, ``sum`` divides by all supervised tokens."""
-    make = BlockDiffusionCollator(tiny.processor, tiny.config, noisy_copies=2)
+    make = BlockDiffusionCollator(tiny.processor, tiny.config, options=RowOptions(noisy_copies=2))
     single = BlockDiffusionCollator(tiny.processor, tiny.config)
     both = corrupt_batch(make(samples()), COMPLEMENTARY, context_of(tiny))
     halves = [single(samples()) for _ in range(2)]

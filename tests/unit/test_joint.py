@@ -1,5 +1,6 @@
 """The joint autoregressive loss: equal to Qwen3-VL's own, and independent of noise, chunks, splits and packing."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from nemo_bard.checkpoints.convert import convert
 from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
 from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch, without_samples
-from nemo_bard.method.layout import CONTEXT, NOISY, sample_layout
+from nemo_bard.method.layout import CONTEXT, NOISY, RowOptions, sample_layout
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy, DistillationLoss
 from nemo_bard.method.objectives import UNIT_TOTALS, JointObjective, PBMObjective, StepTotals, SWDObjective, count
 from nemo_bard.method.schedule import NoiseSettings
@@ -62,6 +63,9 @@ def samples():
     ]
 
 
+NEXT_TOKEN = RowOptions(next_token=True)
+
+
 def joint(*, weight=0.7, reduction="mean"):
     return JointObjective(PBMObjective(BlockDiffusionCrossEntropy(reduction)), weight)
 
@@ -70,8 +74,8 @@ def plain():
     return PBMObjective(BlockDiffusionCrossEntropy())
 
 
-def collator(tiny, **options):
-    return BlockDiffusionCollator(tiny.processor, tiny.config, **{"next_token": True, **options})
+def collator(tiny, rows=NEXT_TOKEN, **settings):
+    return BlockDiffusionCollator(tiny.processor, tiny.config, options=rows, **settings)
 
 
 def noised(tiny, batch, seed=3, **noise):
@@ -155,7 +159,7 @@ def test_the_diffusion_loss_is_what_it_is_without(tiny):
     """The longer context changes nothing for noisy tokens, nor does the weight 0."""
     with_ar, without = (
         noised(tiny, collator(tiny)(samples())),
-        noised(tiny, collator(tiny, next_token=False)(samples())),
+        noised(tiny, collator(tiny, RowOptions())(samples())),
     )
     _, (diffusion, _), _ = step(tiny, [with_ar])
     expected, parts, gradients = step(tiny, [without], plain())
@@ -172,7 +176,7 @@ def test_the_context_does_not_depend_on_the_noise(tiny):
     found = [
         step(tiny, [noised(tiny, make(samples()), **noise)])[1][1] for noise in ({}, {"seed": 4}, {"name": "mixed"})
     ]
-    twice = collator(tiny, noisy_copies=2)(samples())
+    twice = collator(tiny, replace(NEXT_TOKEN, noisy_copies=2))(samples())
     found.append(step(tiny, [noised(tiny, twice, complementary=True)])[1][1])
     assert found == pytest.approx([found[0]] * 4, rel=1e-6)
 
@@ -234,19 +238,19 @@ def test_what_the_context_predicts(tiny):
 def test_nothing_behind_the_last_supervised_response_is_laid_out(anchor):
     responses = [(5, 8), (12, 29), (33, 40)]
     for supervised, end in (([0, 1, 2], 40), ([1], 29), ([0], 8)):
-        options = {"supervised": supervised, "anchor_block_size": anchor}
-        layout = sample_layout(50, responses, 4, next_token=True, **options)
+        rows = RowOptions(anchor_block_size=anchor, next_token=True)
+        layout = sample_layout(50, responses, 4, supervised=supervised, options=rows)
         assert int((layout.branch == CONTEXT).sum()) == end
         expected = [[index] * (b - a) for index, (a, b) in enumerate(responses) if index in supervised]
         assert layout.next_response[layout.next_response >= 0].tolist() == sum(expected, [])
-        plain = sample_layout(50, responses, 4, **options)
+        plain = sample_layout(50, responses, 4, supervised=supervised, options=replace(rows, next_token=False))
         noisy, own = layout.branch == NOISY, plain.branch == NOISY
         assert torch.equal(layout.block[noisy], plain.block[own])
 
 
 def test_distillation_takes_the_joint_loss_too(tiny):
     """The anchor's part reads the noisy tokens only; the sum is the one of both losses."""
-    make = BlockDiffusionCollator(tiny.processor, tiny.config, next_token=True, anchor_block_size=2)
+    make = collator(tiny, replace(NEXT_TOKEN, anchor_block_size=2))
     batch = noised(tiny, make(samples()))
     teach = partial(anchor_top_k, tiny.model, tiny.config, k=4)
     objective = JointObjective(SWDObjective(DistillationLoss(kd_top_k=4), teach), 0.7)

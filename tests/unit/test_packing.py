@@ -21,7 +21,7 @@ from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.lengths import SampleSizes, measure, measured_once
 from nemo_bard.data.packing import pack_dataset, plan_packs
 from nemo_bard.method.corruption import corrupt_batch
-from nemo_bard.method.layout import PADDING
+from nemo_bard.method.layout import PADDING, RowOptions
 from nemo_bard.method.losses import BlockDiffusionCrossEntropy
 from nemo_bard.method.objectives import PBMObjective, StepTotals
 from nemo_bard.method.schedule import NoiseSettings
@@ -65,23 +65,23 @@ def many_samples(count=24, largest=300):
 
 @pytest.mark.parametrize("turns", ["all", "last"])
 @pytest.mark.parametrize(
-    ("block_size", "anchor", "more"),
+    ("block_size", "options"),
     [
-        (1, None, {}),
-        (4, None, {"noisy_copies": 2}),
-        (8, 4, {}),
-        (8, 4, {"noisy_copies": 2, "next_token": True}),
-        (32, None, {"next_token": True}),
+        (1, RowOptions()),
+        (4, RowOptions(noisy_copies=2)),
+        (8, RowOptions(anchor_block_size=4)),
+        (8, RowOptions(anchor_block_size=4, noisy_copies=2, next_token=True)),
+        (32, RowOptions(next_token=True)),
     ],
 )
-def test_measured_lengths_are_exact(tiny, block_size, anchor, more, turns):
+def test_measured_lengths_are_exact(tiny, block_size, options, turns):
     items = many_samples()
-    make = collator(tiny, block_size, turns=turns, anchor_block_size=anchor, **more)
+    make = collator(tiny, block_size, turns=turns, options=options)
     sizes = measure(items, make)
     encoded = [make.encode(item) for item in items]
-    lengths = sizes.row_lengths(block_size, turns=turns, anchor_block_size=anchor, **more)
+    lengths = sizes.row_lengths(block_size, turns=turns, options=options)
     assert lengths.tolist() == [len(one) for one in encoded]
-    vision = sizes.vision_tokens(block_size, anchor_block_size=anchor)
+    vision = sizes.vision_tokens(block_size, options=options)
     assert vision.tolist() == [0 if one.grid_thw is None else int(one.grid_thw.prod(-1).sum()) // 4 for one in encoded]
     assert 0 in vision
     assert vision.max() > 30

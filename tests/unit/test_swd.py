@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 
 from nemo_bard.base.paths import recipes_dir
-from nemo_bard.method.layout import NOISY, PADDING, TokenIds, attention_mask, sample_layout
+from nemo_bard.method.layout import NOISY, PADDING, RowOptions, TokenIds, attention_mask, sample_layout
 from nemo_bard.method.losses import DistillationLoss
 from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train.config import validate_recipe
@@ -44,7 +44,9 @@ def visible(layout, block, supervised, context_attention="block"):
 @pytest.mark.parametrize("supervised", [[0, 1, 2], [1], [2]])
 @pytest.mark.parametrize(("student", "anchor"), [(8, 4), (16, 4), (32, 1), (8, 8)])
 def test_both_models_see_in_one_row_what_each_sees_in_its_own(student, anchor, supervised, context_attention):
-    shared = sample_layout(LENGTH, RESPONSES, student, supervised=supervised, anchor_block_size=anchor)
+    shared = sample_layout(
+        LENGTH, RESPONSES, student, supervised=supervised, options=RowOptions(anchor_block_size=anchor)
+    )
     own = sample_layout(LENGTH, RESPONSES, student, supervised=supervised)
     teacher = sample_layout(LENGTH, RESPONSES, anchor, supervised=supervised)
     assert own.anchor_block is None
@@ -61,7 +63,7 @@ def test_both_models_see_in_one_row_what_each_sees_in_its_own(student, anchor, s
 
 
 def test_row_grows_by_less_than_a_block():
-    shared = sample_layout(LENGTH, RESPONSES, 16, anchor_block_size=4)
+    shared = sample_layout(LENGTH, RESPONSES, 16, options=RowOptions(anchor_block_size=4))
     own = sample_layout(LENGTH, RESPONSES, 16)
     assert len(shared) - len(own) == 12  # clean tokens 0 to 11 of the last response's only block
 
@@ -69,7 +71,7 @@ def test_row_grows_by_less_than_a_block():
 @pytest.mark.parametrize(("student", "anchor"), [(4, 8), (8, 3), (8, 0), (8, True)])
 def test_block_sizes_that_do_not_fit(student, anchor):
     with pytest.raises(ValueError, match=r"block.size must be"):
-        sample_layout(LENGTH, RESPONSES, student, anchor_block_size=anchor)
+        sample_layout(LENGTH, RESPONSES, student, options=RowOptions(anchor_block_size=anchor))
 
 
 class TestLoss:
@@ -274,7 +276,7 @@ class TestAnchorInBatches:
 
         processor = AutoProcessor.from_pretrained(folders / "student")
         config = BardVLConfig.from_pretrained(folders / "student")
-        make = BlockDiffusionCollator(processor, config, anchor_block_size=4)
+        make = BlockDiffusionCollator(processor, config, options=RowOptions(anchor_block_size=4))
         answers = [("1",), ("1 2 3 4 5 6 7 8 9 10",), ("12", "a b c")]
         examples = [{"conversation": talk(*a), "sample_index": i} for i, a in enumerate(answers)]
         return make(examples), BlockDiffusionCollator(processor, config)(examples), config
