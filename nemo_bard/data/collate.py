@@ -180,7 +180,7 @@ class BlockDiffusionCollator:
         overlong: What to do with a longer sample: ``drop`` (logged; ``num_dropped`` of the batch) or ``error``.
         pad_to_multiple_of: Round the row length up to a multiple of this.
         max_row_length: Longest row of samples that share one, ``max_length`` if None (the recipe's, not a setting).
-        options: What rows hold besides (the recipe's): with an anchor's block size a batch has ``anchor_block_ids``, with
+        options: What rows hold besides (the recipe's): with ``anchor_block_size`` a batch has ``anchor_block_ids``, with
             ``next_token`` it has ``ar_response_ids``; noise with its complement needs two noisy copies.
 
     Raises:

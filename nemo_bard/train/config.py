@@ -243,7 +243,7 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
             raise ValueError(f"loss_fn {loss.__name__} does not go with {key}: {settings.name} ({reason})")
 
 
-def _check_freeze(section: object) -> None:
+def _check_freeze(section: Mapping[str, Any] | None) -> None:
     """Upstream freezes the vision tower whenever the section names neither it nor modules."""
     if section is None:
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -275,7 +274,7 @@ def _section(cfg: Any, key: str) -> dict[str, Any] | None:
     return node.to_dict() if hasattr(node, "to_dict") else node
 
 
-def main(config_path: str | os.PathLike | None = None) -> None:
+def main(config_path: str | None = None) -> None:
     """Run this recipe; see ``run_main``."""
     run_main(PBMRecipe, config_path)
 

@@ -8,7 +8,6 @@ recipe.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -210,7 +209,7 @@ def _read_loss(section: Mapping[str, Any]) -> DistillationLoss:
         raise ValueError(f"loss_fn.{error}") from error
 
 
-def main(config_path: str | os.PathLike | None = None) -> None:
+def main(config_path: str | None = None) -> None:
     """Run the recipe from ``-c CONFIG`` and overrides, as NeMo AutoModel's launchers do."""
     run_main(SWDRecipe, config_path)
 
