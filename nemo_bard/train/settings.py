@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -92,11 +91,11 @@ class PackingSettings:
         return from_mapping(cls, values, "packing")
 
 
-def recipe_reference() -> str:
-    """Markdown about our keys of a recipe: what ``docs/recipe_keys.md`` holds."""
+def recipe_reference() -> dict[str, str]:
+    """Markdown about our keys of a recipe, by section."""
     noises = [f"`{name}`: {', '.join(f'`{f.name}`' for f in fields(NOISES.get(name))) or 'none'}" for name in NOISES]
     own = {field.name: field for name in NOISES for field in fields(NOISES.get(name))}
-    parts = {
+    return {
         "Top level": reference(fields(DistillationSettings)),
         "`noise`": reference(fields(NoiseSettings))
         + f"\n\nParameters of a noise are keys of its section too. {'; '.join(noises)}.\n\n"
@@ -108,12 +107,3 @@ def recipe_reference() -> str:
         "`packing`": reference(fields(PackingSettings)),
         "`on_bad_sample`": "The action alone, or a section.\n\n" + reference(fields(BadSamplePolicy)),
     }
-    head = (
-        "# Keys of a recipe that are ours\n\nWritten by `nemo_bard.train.settings.recipe_reference`; keys of the other"
-        " sections are those of NeMo AutoModel's VLM recipe. `offload_anchor` is SWD's.\n"
-    )
-    return head + "".join(f"\n## {title}\n{text}\n" for title, text in parts.items())
-
-
-if __name__ == "__main__":
-    sys.stdout.write(recipe_reference())

@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +12,6 @@ from nemo_bard.base.paths import recipes_dir
 from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train import keys
 from nemo_bard.train.config import validate_recipe
-from nemo_bard.train.settings import recipe_reference
 from nemo_bard.upstream.sections import UNKNOWN, section_keys
 
 LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "dim": 8}
@@ -300,8 +298,3 @@ def test_a_key_that_needs_another(raw, key, value, other, good):
 def test_a_target_that_automodel_drops(raw, section, target):
     with pytest.raises(ValueError, match=f"^{section}._target_ is not read: AutoModel builds .*, got {target}$"):
         validate_recipe(changed(raw, f"{section}._target_", target))
-
-
-def test_the_reference_of_our_keys_is_current():
-    text = (Path(__file__).parents[2] / "docs" / "recipe_keys.md").read_text()
-    assert text == recipe_reference(), "write it with python -m nemo_bard.train.settings > docs/recipe_keys.md"
