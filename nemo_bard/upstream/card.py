@@ -81,6 +81,7 @@ def read_video(element: dict[str, Any]) -> tuple[Tensor, dict[str, Any], float]:
     """
     import av
     import torch
+    from av.error import FFmpegError
     from qwen_vl_utils.vision_process import calculate_video_frame_range, smart_nframes
 
     path = str(element["video"]).removeprefix("file://")
@@ -89,7 +90,7 @@ def read_video(element: dict[str, Any]) -> tuple[Tensor, dict[str, Any], float]:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or 1)
             frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-    except (av.FFmpegError, OSError, IndexError) as error:
+    except (FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"video {path} cannot be read ({' '.join(str(error).split())})") from error
     if not frames:
         raise ValueError(f"video {path} cannot be read (it has no frames)")

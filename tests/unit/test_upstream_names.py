@@ -13,6 +13,7 @@ from nemo_bard.upstream.touched import Touched, parameters_of, what_moved
 
 TABLES = (automodel.TOUCHED, card.TOUCHED, transformers_room.TOUCHED, torch_room.TOUCHED)
 ROWS = [row for table in TABLES for row in table]
+PACKAGES = ("nemo-automodel", "transformers", "torch", "torchdata", "qwen-vl-utils")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -26,7 +27,7 @@ def test_every_row_says_why_until_when_and_which_version():
     for row in ROWS:
         assert row.reason, row.name
         assert row.until, row.name
-        assert row.version.split()[0] in ("nemo-automodel", "transformers", "torch", "torchdata"), row.name
+        assert row.version.split()[0] in PACKAGES, row.name
 
 
 EXAMPLE = """
