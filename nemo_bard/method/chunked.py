@@ -34,10 +34,10 @@ class OutputHead(nn.Linear):
     and its gradient is reduced once, however many chunks there are.
     """
 
-    def forward(self, hidden: Tensor, output_fn: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits ``[..., V]`` of ``hidden`` ``[..., H]``, or what ``output_fn(hidden, weight [V, H])`` returns."""
+    def forward(self, input: Tensor, output_fn: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, or what ``output_fn(input, weight [V, H])`` returns."""
         assert self.bias is None
-        return F.linear(hidden, self.weight) if output_fn is None else output_fn(hidden, self.weight)
+        return F.linear(input, self.weight) if output_fn is None else output_fn(input, self.weight)
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:
@@ -172,12 +172,12 @@ class _Logits(torch.autograd.Function):
         del start
         ctx.inputs, ctx.weight, ctx.grads = inputs, weight, grads
         # Not a slice of it: autograd would take the logits of all chunks for views of one another.
-        logits = memory.new_empty(0).set_(memory.untyped_storage(), 0, (len(inputs), len(weight)))
+        logits = memory.new_empty(0).set_(memory.untyped_storage(), 0, (len(inputs), len(weight)), (len(weight), 1))
         return torch.mm(inputs, weight.T, out=logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logits_grad: Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: Any, logits_grad: Tensor) -> tuple[None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write the gradient of ``inputs``, add to that of ``weight``."""
         inputs_grad, weight_grad = ctx.grads
         if inputs_grad is not None:
@@ -217,9 +217,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale what forward has computed."""
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("chunked_loss can be differentiated only once")
-        return *(None if grad is None else grad.mul_(grad_output) for grad in grads), None, None
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(grad_output) for grad in grads)
+        return hidden_grad, weight_grad, None, None

@@ -84,16 +84,18 @@ class SampleLayout:
         return self.source.numel()
 
 
-def check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int | None) -> None:
     """Raise ValueError unless ``block_size`` is an integer >= 1."""
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer >= 1, got {block_size!r}")
 
 
-def check_anchor_block_size(block_size: int, anchor_block_size: int) -> None:
+def check_anchor_block_size(block_size: int | None, anchor_block_size: int | None) -> None:
     """Raise ValueError unless an anchor with this block size can teach a student with ``block_size``."""
     check_block_size(block_size)
     check_block_size(anchor_block_size)
+    assert block_size is not None
+    assert anchor_block_size is not None
     if block_size % anchor_block_size:
         raise ValueError(
             f"the anchor's block size must be at most the student's {block_size} and divide it, got {anchor_block_size}"

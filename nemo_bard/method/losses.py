@@ -82,7 +82,7 @@ class _OverwritingCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``g * (softmax(logits) - one_hot(label))``."""
         if ctx.done:
             raise RuntimeError("a loss that overwrote its logits can be differentiated only once")

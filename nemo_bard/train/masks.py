@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from nemo_bard.method.layout import PADDING, TokenIds, attention_mask, check_context_attention, may_attend
 from nemo_bard.model.attention import NAME
 from nemo_bard.model.configuration import BardVLConfig
-from nemo_bard.upstream.transformers import attn_implementation
+from nemo_bard.upstream.transformers import attn_implementation, text_section
 
 FLEX_TILE = 128
 """Rows and columns of a tile of a ``BlockMask``; on the flex path rows are padded to a multiple of it."""
@@ -30,7 +30,7 @@ def uses_flex(config: BardVLConfig, device: torch.device) -> bool:
 
     flex_attention has no backward on CPU.
     """
-    return device.type == "cuda" and attn_implementation(config.text_config) == NAME
+    return device.type == "cuda" and attn_implementation(text_section(config)) == NAME
 
 
 def make_mask(batch: Mapping[str, Any], config: BardVLConfig) -> Tensor | BlockMask:

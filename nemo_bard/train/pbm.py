@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from nemo_automodel.components.distributed.config import DistributedSetup
+from nemo_automodel.components.distributed.config import DistributedSetup, FSDP2Config
 from nemo_automodel.components.distributed.utils import FirstRankPerNode
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nemo_bard.data.collate import DEFAULT_MAX_LENGTH
+from nemo_bard.data.collate import DEFAULT_MAX_LENGTH, BlockDiffusionCollator
 from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
 from nemo_bard.data.rejects import check_on_bad_sample
@@ -39,6 +39,7 @@ from nemo_bard.train.settings import PackingSettings, RecipeSettings
 from nemo_bard.train.validation import ValidatedTraining
 from nemo_bard.upstream import automodel, cpu
 from nemo_bard.upstream.recipe import PlannedDataloaderConfig, run_main
+from nemo_bard.upstream.transformers import text_section
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class PBMRecipe(ValidatedTraining):
             without_checks(self.cfg)
         self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
         if self.packing.max_length is not None:
+            assert self.cfg.vlm_dataloader is not None
             loader = PlannedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
             automodel.set_training_loader(self.cfg, loader)
         upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
@@ -123,9 +125,10 @@ class PBMRecipe(ValidatedTraining):
             export_merged(self, self._model_config, base)
 
     def _complete(
-        self, collate: partial, noise: NoiseSettings, *, packed: bool = False
-    ) -> Callable[[list[Any]], dict[str, Any]]:
+        self, collate: Callable[..., Any], noise: NoiseSettings, *, packed: bool = False
+    ) -> BlockDiffusionCollator:
         """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
+        assert isinstance(collate, partial)
         settings: dict[str, Any] = {"options": self._row_options(noise)}
         if uses_flex(self._model_config, self.dist_env.device):
             settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
@@ -133,7 +136,7 @@ class PBMRecipe(ValidatedTraining):
             longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
             settings["max_length"] = min(longest, self.packing.max_length)
             settings["max_row_length"] = self.packing.max_length
-        collator = collate(config=self._model_config, **settings)
+        collator: BlockDiffusionCollator = collate(config=self._model_config, **settings)
         collator.keep_bad = True
         return collator
 
@@ -141,6 +144,8 @@ class PBMRecipe(ValidatedTraining):
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
         _check_processor(processor)
         loader = self.cfg.vlm_dataloader
+        assert loader is not None
+        assert loader.collator is not None
         return pack_dataset(
             dataset,
             self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
@@ -185,12 +190,14 @@ class PBMRecipe(ValidatedTraining):
             self.dist_env.world_size,
         )
         setup = super().distributed_setup_of_config()
+        strategy = setup.strategy_config
+        assert isinstance(strategy, FSDP2Config)
         if self.cfg.get("distributed.mp_policy", None) is None:
-            setup.strategy_config.mp_policy = MixedPrecisionPolicy(
+            strategy.mp_policy = MixedPrecisionPolicy(
                 param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         if self.dist_env.world_size == 1 and self.compute_dtype != torch.float32:
-            setup.strategy_config.autocast_dtype = self.compute_dtype
+            strategy.autocast_dtype = self.compute_dtype
         return setup
 
     def _check_built(self) -> None:
@@ -208,7 +215,7 @@ class PBMRecipe(ValidatedTraining):
         check_ar_loss(self.settings.ar_loss_weight, self._model_config.context_attention)
         # The exported generation_config.json must not keep the block size of the stage before.
         model.generation_config.block_size = None
-        samples, batch = len(self.dataloader.dataset), self.cfg.get("step_scheduler.global_batch_size")
+        samples, batch = len(cast("Sized", self.dataloader.dataset)), self.cfg.get("step_scheduler.global_batch_size")
         if samples < batch and self.dist_env.is_main:
             logger.warning(
                 "the data set has %d %s, fewer than step_scheduler.global_batch_size=%d: every step takes all of"
@@ -232,7 +239,10 @@ class PBMRecipe(ValidatedTraining):
 
     def _random_ids(self) -> int:
         """How many ids random replacements are drawn from."""
-        vocabulary, mask = self._model_config.text_config.vocab_size, self._model_config.mask_token_id
+        vocabulary, mask = text_section(self._model_config).vocab_size, self._model_config.mask_token_id
+        if mask is None:
+            raise ValueError("model.mask_token_id must be set, the checkpoint's config.json has none")
+        assert self.processor is not None
         tokenizer = self.processor.tokenizer
         check_mask_token_id(mask, vocabulary)
         if mask in tokenizer.get_vocab().values() and mask not in tokenizer.all_special_ids:

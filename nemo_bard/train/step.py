@@ -7,14 +7,15 @@ is normalised by totals of the whole step.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sized
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo_automodel.components.distributed.utils import get_sync_ctx
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch, without_samples
 from nemo_bard.method.objectives import UNIT_TOTALS, Objective, StepTotals, count
@@ -52,11 +53,12 @@ class TrainingStep(VLMRecipe):
 
     @property
     def _model_config(self) -> BardVLConfig:
-        return self.model_parts[0].config
+        return cast("BardVLConfig", self.model_parts[0].config)
 
     def train_step(self, batches: list[dict[str, Any]], max_grad_norm: float | None = None) -> MetricsSample:
         """Draw the noise of all microbatches, normalise over the whole step, and let upstream do the rest."""
         scheduler = self.step_scheduler
+        assert scheduler.epoch_len is not None
         position = scheduler.step % scheduler.epoch_len * scheduler.grad_acc_steps
         context = self._noise_context(self.seed, scheduler.epoch)
         noise = self.noise_of_run.at(scheduler.step, self._total_steps())
@@ -104,9 +106,12 @@ class TrainingStep(VLMRecipe):
         return (3 if self.peft_config is None else 2) * forward
 
     def _noise_context(self, seed: int, epoch: int, stream: int = 0) -> NoiseContext:
+        config = self._model_config
+        assert config.block_size is not None
+        assert config.mask_token_id is not None
         return NoiseContext(
-            block_size=self._model_config.block_size,
-            mask_token_id=self._model_config.mask_token_id,
+            block_size=config.block_size,
+            mask_token_id=config.mask_token_id,
             num_random_ids=self.num_random_ids,
             seed=seed,
             epoch=epoch,
@@ -122,7 +127,9 @@ class TrainingStep(VLMRecipe):
             loader: Where it comes from; its sampler deals the data set out in turns to the ranks.
             position: Which microbatch of the epoch it is on this rank.
         """
-        sampler, size = loader.sampler, len(loader.dataset)
+        sampler, size = loader.sampler, len(cast("Sized", loader.dataset))
+        assert isinstance(sampler, DistributedSampler)
+        assert loader.batch_size is not None
         first = position * loader.batch_size
         slots = {*batch["slots"], *(bad.slot for bad in batch["rejects"])}
         repeated = {slot for slot in slots if (first + slot) * sampler.num_replicas + sampler.rank >= size}

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo_automodel.components.training.utils import ScopedModuleOffloading
@@ -33,6 +33,7 @@ from nemo_bard.train.forward import model_inputs
 from nemo_bard.train.pbm import PBMRecipe
 from nemo_bard.train.settings import DistillationSettings
 from nemo_bard.upstream.recipe import run_main
+from nemo_bard.upstream.transformers import text_section
 
 OVERRIDES = ("block_size", "mask_token_id")
 """Fields of a model's configuration that a recipe may override and that must fit between student and anchor."""
@@ -56,7 +57,7 @@ def check_anchor(student: BardVLConfig, anchor: BardVLConfig, loss: Distillation
     except ValueError as error:
         raise ValueError(f"anchor.block_size: {error}") from error
     pairs = [
-        ("vocab_size", student.text_config.vocab_size, anchor.text_config.vocab_size),
+        ("vocab_size", text_section(student).vocab_size, text_section(anchor).vocab_size),
         *((key, getattr(student, key), getattr(anchor, key)) for key in ("mask_token_id", "image_token_id")),
         *(
             (key, getattr(student.vision_config, key), getattr(anchor.vision_config, key))
@@ -66,10 +67,9 @@ def check_anchor(student: BardVLConfig, anchor: BardVLConfig, loss: Distillation
     for key, ours, theirs in pairs:
         if ours != theirs:
             raise ValueError(f"anchor: its {key} is {theirs}, the student's is {ours}; they must be equal")
-    if loss.kd_top_k > student.text_config.vocab_size:
-        raise ValueError(
-            f"loss_fn.kd_top_k must be at most the vocabulary's {student.text_config.vocab_size}, got {loss.kd_top_k}"
-        )
+    vocabulary = text_section(student).vocab_size
+    if loss.kd_top_k > vocabulary:
+        raise ValueError(f"loss_fn.kd_top_k must be at most the vocabulary's {vocabulary}, got {loss.kd_top_k}")
 
 
 def check_tokenizers(student: str, anchor: str) -> None:
@@ -116,7 +116,6 @@ class SWDRecipe(PBMRecipe):
 
     loss_class = DistillationLoss
     settings_class = DistillationSettings
-    settings: DistillationSettings
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -146,14 +145,17 @@ class SWDRecipe(PBMRecipe):
             seed=self.seed,
             distributed_setup=self.distributed_setup,
         )
+        anchor = cast("nn.Module", anchor)  # upstream's annotation says a tuple
         if not isinstance(anchor, BardVLForConditionalGeneration):
             raise ValueError(
                 f"anchor: the checkpoint gave a {type(anchor).__name__}, not a BardVLForConditionalGeneration"
             )
         assert anchor.config.block_size == self.anchor_block_size
+        assert isinstance(self.settings, DistillationSettings)
         # Without CUDA there is nowhere to offload from.
         self.offload_anchor = self.settings.offload_anchor and self.dist_env.device.type == "cuda"
-        self.anchor = anchor.to("cpu" if self.offload_anchor else self.dist_env.device).eval().requires_grad_(False)
+        cast("nn.Module", anchor).to("cpu" if self.offload_anchor else self.dist_env.device)
+        self.anchor = anchor.eval().requires_grad_(False)
         self.untrack_state("anchor")
 
     def _fill_defaults(self) -> None:
@@ -176,6 +178,7 @@ class SWDRecipe(PBMRecipe):
 
     def _teach(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The anchor's largest logits at the supervised tokens and their ids, each ``[K, kd_top_k]``."""
+        assert isinstance(self.loss_fn, DistillationLoss)
         with ScopedModuleOffloading(self.anchor, enabled=self.offload_anchor):
             top = anchor_top_k(
                 self.anchor, self.anchor.config, batch, k=self.loss_fn.kd_top_k, chunk_tokens=self.loss_chunk_tokens

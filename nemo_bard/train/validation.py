@@ -27,12 +27,12 @@ class ValidatedTraining(TrainingStep):
     validation_losses: dict[str, float]
     """Losses of the last validation, for the next checkpoint."""
 
-    def validate(self, val_dataloader: DataLoader) -> MetricsSample:
+    def validate(self, loader: DataLoader) -> MetricsSample:
         """Validate; with ``validation_noise.levels`` once at each of them, and ``val_loss`` is their mean."""
         levels = self.validation_noise.levels
         if not levels:
-            return self._validate(val_dataloader, self.validation_noise.settings)
-        samples = [self._validate(val_dataloader, noise) for noise in levels]
+            return self._validate(loader, self.validation_noise.settings)
+        samples = [self._validate(loader, noise) for noise in levels]
         metrics = dict(samples[0].metrics)
         for key in metrics:
             if key.startswith("val_"):
@@ -62,7 +62,7 @@ class ValidatedTraining(TrainingStep):
         super().save_checkpoint(epoch, step, train_loss, val_loss, best_metric_key)
 
     @torch.no_grad()
-    def _validate(self, val_dataloader: DataLoader, noise: NoiseSettings) -> MetricsSample:
+    def _validate(self, loader: DataLoader, noise: NoiseSettings) -> MetricsSample:
         """Loss over the validation set, with noise that depends on the sample alone.
 
         It is drawn with a fixed seed and epoch and from ``validation_noise`` (by default the whole range of levels,
@@ -75,8 +75,8 @@ class ValidatedTraining(TrainingStep):
         seen: list[StepTotals] = []
         rejected: list[dict[str, Any]] = []
         self.part_sums.clear()
-        for index, collated in enumerate(val_dataloader):
-            batch = self._without_repeats(collated, val_dataloader, index)
+        for index, collated in enumerate(loader):
+            batch = self._without_repeats(collated, loader, index)
             batch = corrupt_batch(batch, noise, context)
             rejected.append({"rejects": batch["rejects"]})
             seen.append(count([batch]))

@@ -12,7 +12,7 @@ from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
 from nemo_automodel.components.distributed.config import DistributedSetup
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_bard.upstream import cpu
 from nemo_bard.upstream.automodel import load_config, to_device
@@ -20,6 +20,9 @@ from nemo_bard.upstream.automodel import load_config, to_device
 
 class VLMRecipe(FinetuneRecipeForVLM):
     """AutoModel's VLM recipe. What it calls by a private name calls the public one here, which a recipe may override."""
+
+    model_parts: list[nn.Module]
+    """The model, as there are no pipeline stages."""
 
     def distributed_setup_of_config(self) -> DistributedSetup:
         """Build what AutoModel knows about ranks, shards and precision; called by ``setup``."""

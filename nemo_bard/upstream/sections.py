@@ -1,7 +1,7 @@
 """Keys of a recipe's sections, read from the source of what NeMo AutoModel and transformers make of them.
 
 The source is parsed, not imported: a recipe is checked in milliseconds, and importing a class with its package takes
-seconds. ``tests/unit/test_upstream_sections.py`` compares what is found with the imported classes and functions.
+seconds. ``tests/unit/test_sections.py`` compares what is found with the imported classes and functions.
 """
 
 from __future__ import annotations
