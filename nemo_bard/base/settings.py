@@ -12,11 +12,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_bard.base.errors import nearest, not_one_of
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | None, section: str = 
         ValueError: For an unknown key (the nearest one is named), a missing one, or a value that is not allowed.
     """
     values = dict(values or {})
-    known = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = dataclasses.fields(cls)
     check_keys(section, values, [field.name for field in known])
     for field in known:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

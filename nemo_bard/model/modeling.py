@@ -67,7 +67,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     def generation_config(self, value: GenerationConfig | None) -> None:
         self._generation_config = BardGenerationConfig.from_generation_config(value)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -128,7 +128,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 'attn_implementation="eager" adds a bool attention_mask as 0/1 and gives wrong results; use "sdpa"'
             )
 
-    def generate(  # type: ignore[override]
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         inputs: Any = None,
         generation_config: BardGenerationConfig | None = None,
@@ -209,7 +209,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
             PreTrainedModel.save_pretrained(self, save_directory, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *args: Any,

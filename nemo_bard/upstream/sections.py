@@ -151,12 +151,11 @@ def _first_arguments(function: ast.FunctionDef, methods: Iterable[str], *, of: s
 def _constant(module: str, name: str) -> Any:
     """A literal at module level."""
     for node in _tree(module).body:
-        if isinstance(node, ast.Assign):
-            targets: list[ast.expr] = node.targets
-        else:
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else []
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(node.value)  # type: ignore[union-attr]
+            return ast.literal_eval(node.value)
     raise LookupError(f"{module} has no {name}")
 
 
