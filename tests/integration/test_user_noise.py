@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,37 +92,49 @@ def package(tmp_path_factory) -> Path:
     return folder
 
 
-def finetune(start: Path, package: Path, folder: Path, **changes: object) -> subprocess.CompletedProcess:
-    settings = {**TRAIN, "model.pretrained_model_name_or_path": start, "checkpoint.checkpoint_dir": folder}
-    settings |= {"step_scheduler.max_steps": 2, "checkpoint.enabled": False}
-    settings |= {"dataset.path": start.parent / "data" / "train.jsonl", **changes}
-    words = ["finetune", "--config", "pbm", *(f"{key}={value}" for key, value in settings.items())]
+DRIVER = """
+import json, sys
+from nemo_bard.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.stderr.write(f"@code {main(words)}\\n")
+"""
+
+
+def finetune(start: Path, package: Path, *jobs: tuple[Path, dict[str, object]]) -> list[tuple[int, str]]:
+    """Run trainings one after the other in one process; returns the exit code of each and what it told."""
+    lines = []
+    for folder, changes in jobs:
+        settings = {**TRAIN, "model.pretrained_model_name_or_path": start, "checkpoint.checkpoint_dir": folder}
+        settings |= {"step_scheduler.max_steps": 2, "checkpoint.enabled": False}
+        settings |= {"dataset.path": start.parent / "data" / "train.jsonl", **changes}
+        lines.append(["finetune", "--config", "pbm", *(f"{key}={value}" for key, value in settings.items())])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
-    code = "import sys; from nemo_bard.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, "-c", DRIVER, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    parts = re.split(r"@code (\d+)\n", done.stderr)
+    told = list(zip(map(int, parts[1::2]), parts[0::2], strict=False))
+    assert len(told) == len(jobs), done.stderr[-3000:]
+    return told
 
 
-def trained(start: Path, package: Path, folder: Path, **changes: object) -> list[dict]:
-    done = finetune(start, package, folder, **changes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = read_log(folder)
-    assert len(log) == 2
-    return log
+def trained(start: Path, package: Path, folder: Path, jobs: dict[str, dict[str, object]]) -> dict[str, list[dict]]:
+    for code, text in finetune(start, package, *((folder / name, changes) for name, changes in jobs.items())):
+        assert code == 0, text[-3000:]
+    logs = {name: read_log(folder / name) for name in jobs}
+    assert all(len(log) == 2 for log in logs.values())
+    return logs
 
 
 def test_a_noise_by_its_entry_point_and_its_parameter_counts(start, package, tmp_path):
     """Few tokens are masked at a high power, in the phase that says so; validation keeps the section's."""
-    tokens = {}
-    for name, changes in {
+    jobs = {
         "low": {"noise.power": 0.5},
         "high": {"noise.power": 8},
         "phases": {"noise.power": 0.5, "noise.schedule": [{"until": 0.5}, {"power": 8}]},
-    }.items():
-        log = trained(start, package, tmp_path / name, **{"noise.name": "power", **changes})
-        tokens[name] = [line["num_loss_tokens"] for line in log]
+    }
+    logs = trained(start, package, tmp_path, {name: {"noise.name": "power", **job} for name, job in jobs.items()})
+    tokens = {name: [line["num_loss_tokens"] for line in log] for name, log in logs.items()}
     assert tokens["high"][0] < tokens["low"][0]
     assert tokens["phases"] == [tokens["low"][0], tokens["high"][1]]
 
@@ -129,35 +143,34 @@ def test_a_noise_a_loss_and_an_objective_by_dotted_names(start, package, tmp_pat
     names = {"noise.name": "power_noise.PowerNoise", "loss_fn._target_": "power_noise.PowerLoss"}
     validation = {"validation_dataset._target_": "nemo_bard.data.JsonlDataset", "step_scheduler.val_every_steps": 2}
     validation["validation_dataset.path"] = start.parent / "data" / "train.jsonl"
-    for line in trained(start, package, tmp_path / "run", **names, **validation):
+    plain = {**names, "loss_fn._target_": "nemo_bard.method.BlockDiffusionCrossEntropy"}
+    logs = trained(start, package, tmp_path, {"run": {**names, **validation}, "own": names, "plain": plain})
+    for line in logs["run"]:
         assert line["loss"] == pytest.approx(line["odd_loss"] + line["even_loss"], rel=1e-5)
     (line,) = read_log(tmp_path / "run", "validation")
     assert line["val_loss"] == pytest.approx(line["val_odd_loss"] + line["val_even_loss"], rel=1e-5)
-    plain = {**names, "loss_fn._target_": "nemo_bard.method.BlockDiffusionCrossEntropy"}
-    (first, _), (other, _) = (
-        trained(start, package, tmp_path / name, **changes) for name, changes in (("own", names), ("plain", plain))
-    )
-    assert first["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert logs["own"][0]["loss"] == pytest.approx(logs["plain"][0]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"noise.name": "powr"},
-            "noise.name must be one of mask, uniform, mixed, power, got 'powr' (did you mean 'power'?)",
-        ),
-        ({"noise.name": "power", "noise.powr": 2}, "unknown recipe key noise.powr; did you mean noise.power?"),
-        ({"noise.name": "power", "noise.power": 0}, "noise.power must be a finite number >= 0.5, got 0"),
-        ({"noise.name": "mask", "noise.power": 2}, "unknown recipe key noise.power"),
-        (
-            {"noise.name": "power", "noise.complementary": True},
-            "noise.complementary needs noise.name: mask, got 'power'",
-        ),
-        ({"loss_fn._target_": "power_noise.PowerLoss"}, "loss_fn PowerLoss does not go with noise.name: mask"),
-    ],
-)
-def test_what_does_not_fit_is_one_line(start, package, tmp_path, changes, message):
-    done = finetune(start, package, tmp_path / "run", **changes)
-    assert done.returncode == 2
-    assert message in done.stderr
+WRONG = [
+    (
+        {"noise.name": "powr"},
+        "noise.name must be one of mask, uniform, mixed, power, got 'powr' (did you mean 'power'?)",
+    ),
+    ({"noise.name": "power", "noise.powr": 2}, "unknown recipe key noise.powr; did you mean noise.power?"),
+    ({"noise.name": "power", "noise.power": 0}, "noise.power must be a finite number >= 0.5, got 0"),
+    ({"noise.name": "mask", "noise.power": 2}, "unknown recipe key noise.power"),
+    (
+        {"noise.name": "power", "noise.complementary": True},
+        "noise.complementary needs noise.name: mask, got 'power'",
+    ),
+    ({"loss_fn._target_": "power_noise.PowerLoss"}, "loss_fn PowerLoss does not go with noise.name: mask"),
+]
+
+
+def test_what_does_not_fit_is_one_line(start, package, tmp_path):
+    told = finetune(start, package, *((tmp_path / "run", changes) for changes, _ in WRONG))
+    for (code, text), (_, message) in zip(told, WRONG, strict=True):
+        assert code == 2, text
+        assert message in text
+        assert text.count("error:") == 1
