@@ -17,6 +17,8 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 MARKS ?= not gpu and not network and not chain
 PYTEST_ARGS ?=
+# processes that share the tests, file by file
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 .PHONY: venv install demo test test-slurm test-chain lint clean
@@ -33,7 +35,7 @@ demo: $(READY)
 	$(PYTHON) -m nemo_bard.cli.demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(PYTHON) -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKS)" $(PYTEST_ARGS)
 
 test-slurm: $(READY) # part of `make test` where Slurm is; needs root and Debian's slurm-wlm and munge, or says so
 	$(PYTHON) -m pytest -m slurm -rs tests/integration/test_slurm.py

@@ -64,7 +64,16 @@ setup(
         "mlflow": ["nemo-automodel[mlflow]"],
         "video": [],  # likewise
         "wandb": ["nemo-automodel[wandb]"],
-        "dev": [*DEMO, "import-linter>=2.0", "pre-commit", "pyright[nodejs]", "pytest>=8", "ruff", "wheel"],
+        "dev": [
+            *DEMO,
+            "import-linter>=2.0",
+            "pre-commit",
+            "pyright[nodejs]",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff",
+            "wheel",
+        ],
     },
     entry_points={
         "console_scripts": [
