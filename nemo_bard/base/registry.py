@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -49,7 +50,7 @@ class Registry(Generic[T]):
     ) -> None:
         self.key, self.group, self.check = key, group, check
         self._things: dict[str, T | str] = dict(builtin)
-        self._scanned = False
+        self._scanned, self._lock = False, threading.RLock()
 
     def register(self, name: str, thing: T) -> T:
         """Add ``thing`` in this process.
@@ -106,16 +107,28 @@ class Registry(Generic[T]):
         return thing
 
     def _scan(self) -> None:
-        """Read the entry points, once."""
-        if self._scanned:
-            return
-        self._scanned = True
-        for point in importlib.metadata.entry_points(group=self.group):
-            if self._things.get(point.name, point.value.replace(":", ".")) != point.value.replace(":", "."):
-                raise ValueError(
-                    f"{self.key}: the entry point {point.name!r} of {point.value} has a name that is taken; rename it"
-                )
-            thing = import_dotted(point.value)
-            if self.check is not None:
-                self.check(point.name, thing)
-            self._things[point.name] = thing
+        """Read the entry points, once; a wrong one is told at every use, not only at the first."""
+        with self._lock:
+            if self._scanned:
+                return
+            before, self._scanned = dict(self._things), True  # checks of things look at the others
+            try:
+                for point in importlib.metadata.entry_points(group=self.group):
+                    self._add(point)
+            except ValueError:
+                self._things, self._scanned = before, False
+                raise
+
+    def _add(self, point: importlib.metadata.EntryPoint) -> None:
+        dotted = point.value.replace(":", ".")
+        if self._things.get(point.name, dotted) != dotted:
+            raise ValueError(
+                f"{self.key}: the entry point {point.name!r} of {point.value} has a name that is taken; rename it"
+            )
+        try:
+            thing = import_dotted(dotted)
+        except ValueError as error:
+            raise ValueError(f"{self.key}: the entry point {point.name!r} of {self.group}: {error}") from error
+        if self.check is not None:
+            self.check(point.name, thing)
+        self._things[point.name] = thing

@@ -17,8 +17,6 @@ from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import RUN_DIR, Job, Stage
 
 PACKAGES = ("nemo-bard", "nemo-automodel", "torch", "transformers")
-ABSENT = {"on_bad_sample": "error"}
-"""Keys that recipes did not have before -> the value that means what their absence meant."""
 PLAIN = (type(None), bool, int, float, str)
 
 
@@ -129,15 +127,13 @@ def finished(stage: Stage, job: Job) -> dict[str, Any] | None:
 
 def completed(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """What a stage was made from, with the defaults of settings that did not exist then."""
-    full = dict(config)
+    full, compared = dict(config), stage.compared()
     for one in dataclasses.fields(stage.settings):
-        if one.name in stage.compared() and one.name not in full:
+        if one.name in compared and one.name not in full:
             if one.default is not dataclasses.MISSING:
                 full[one.name] = one.default
             elif one.default_factory is not dataclasses.MISSING:
                 full[one.name] = one.default_factory()
-    if isinstance(recipe := full.get("recipe"), Mapping):
-        full["recipe"] = {**ABSENT, **recipe} if stage.compared().get("recipe", {}).keys() & ABSENT.keys() else recipe
     return full
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from nemo_bard.base.errors import nearest
 from nemo_bard.base.paths import conf_dir
+from nemo_bard.base.settings import check_keys
 from nemo_bard.pipeline.structured import explain, register, schema_of
-from nemo_bard.train.config import check_keys
 from nemo_bard.train.recipe_file import read_yaml
 
 FILE_KEYS = ("recipe", "pipeline", "overrides", "config_dir")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.base.errors import not_one_of
+from nemo_bard.base.errors import not_one_of, one_line
+from nemo_bard.base.folders import read_model_type, read_object
+from nemo_bard.base.names import MODEL_TYPE
 from nemo_bard.base.registry import import_dotted
 from nemo_bard.base.settings import check_keys
 from nemo_bard.data.rejects import check_on_bad_sample
+from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, SWDObjective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
-from nemo_bard.train.keys import COLLATOR, check_all_keys, collator_keys
+from nemo_bard.train.keys import COLLATOR, check_all_keys, collator_keys, is_our_collator
 from nemo_bard.train.settings import DistillationSettings, PackingSettings, RecipeSettings
 
 BACKENDS = ("auto", "nccl", "gloo")
@@ -147,20 +149,15 @@ def _check_model(section_name: str, section: Mapping[str, Any]) -> None:
         if not is_hub_id or os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE"):
             raise ValueError(f"{key}: {name} is not a folder")
         return
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{key}: {folder} has no config.json")
     try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{key}: {config_file} is not a JSON object ({error})") from error
-    if model_type == "qwen3_vl":
+        model_type = read_model_type(folder)
+    except ValueError as error:
+        raise ValueError(f"{key}: {one_line(error)}") from error
+    if model_type != MODEL_TYPE:
         raise ValueError(
             f"{key}: {folder} is a Qwen3-VL checkpoint; make a start point with `nemo-bard convert {folder} DST`"
             " and name DST"
         )
-    if model_type != "bard_vl":
-        raise ValueError(f"{key}: {config_file} has model_type {model_type!r}, allowed is 'bard_vl'")
 
 
 def check_ar_loss(weight: float, context_attention: str | None) -> None:
@@ -180,7 +177,7 @@ def _check_ar_loss(raw: Mapping[str, Any], weight: float) -> None:
     attention = raw["model"].get("context_attention")
     config_file = Path(raw["model"]["pretrained_model_name_or_path"]) / "config.json"
     if attention is None and config_file.is_file():
-        attention = json.loads(config_file.read_text()).get("context_attention", "block")
+        attention = read_object(config_file).get("context_attention", "block")
     check_ar_loss(weight, attention)
 
 
@@ -212,7 +209,7 @@ def _check_packing(raw: Mapping[str, Any]) -> None:
     if PackingSettings.from_dict(raw.get("packing")).max_length is None:
         return
     collator = (raw["dataloader"].get("collate_fn") or {}).get("_target_")
-    if not str(collator).endswith(COLLATOR):
+    if not is_our_collator(collator):
         raise ValueError(f"packing needs dataloader.collate_fn._target_: {COLLATOR}, got {collator!r}")
 
 
@@ -220,7 +217,7 @@ def _check_collator(name: str, section: Mapping[str, Any]) -> None:
     collator = section.get("collate_fn")
     if not isinstance(collator, Mapping) or not collator.get("_target_"):
         raise ValueError(f"{name}.collate_fn must be a section with _target_, got {collator!r}")
-    if str(collator["_target_"]).endswith(COLLATOR):
+    if is_our_collator(collator["_target_"]):
         check_keys(f"{name}.collate_fn", collator, collator_keys())
 
 
@@ -287,8 +284,11 @@ def _check_best_metric(raw: Mapping[str, Any], with_anchor: bool) -> None:
         return
     levels = ValidationNoise.from_dict(raw.get("validation_noise"), NoiseSettings()).names()
     allowed = ["default", "val_loss", *levels]
-    allowed += ["val_ce_loss", "val_kd_loss"] if with_anchor else []
-    allowed += ["val_diffusion_loss", "val_ar_loss"] if raw.get("ar_loss_weight") else []
+    target = raw["loss_fn"].get("_target_")
+    loss = _resolve("loss_fn._target_", target) if isinstance(target, str) else target
+    own: type[Objective] = getattr(loss, "objective_class", SWDObjective if with_anchor else PBMObjective)
+    parts = [*own.parts, *(JointObjective.parts if raw.get("ar_loss_weight") else ())]
+    allowed += [f"val_{part}" for part in parts]
     _check_choice("checkpoint.best_metric_key", name, allowed)
 
 

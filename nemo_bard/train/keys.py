@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from nemo_bard.base.errors import short
+from nemo_bard.base.moved import new_name
 from nemo_bard.base.settings import check_keys
 from nemo_bard.train.settings import DistillationSettings, RecipeSettings
 from nemo_bard.upstream.sections import constructor_keys, keys_read, section_keys
@@ -71,6 +72,16 @@ BUILT = {"lr_scheduler": "OptimizerParamScheduler", "distributed": "FSDP2"}
 def known_keys(section: str) -> tuple[str, ...]:
     """Keys of a section of AutoModel's that a recipe may have, refused ones included."""
     return tuple(section_keys()["model" if section == "anchor" else section.removeprefix("validation_")])
+
+
+def is_our_collator(target: object) -> bool:
+    """Whether a ``_target_`` is ``BlockDiffusionCollator``, under any of its names; it is not imported."""
+    name = (
+        target
+        if isinstance(target, str)
+        else f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    )
+    return new_name(name) in (COLLATOR, "nemo_bard.data.collate.BlockDiffusionCollator")
 
 
 def collator_keys() -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from nemo_bard.base.paths import recipes_dir
+from nemo_bard.method.losses import BlockDiffusionCrossEntropy
+from nemo_bard.method.objectives import PBMObjective
 from nemo_bard.method.schedule import NoiseSettings
 from nemo_bard.train import keys
 from nemo_bard.train.config import validate_recipe
@@ -147,9 +149,9 @@ def test_wrong_recipe_is_one_line_that_names_the_key(raw, key, value, message):
     ("config", "message"),
     [
         ('{"model_type": "qwen3_vl"}', "nemo-bard convert"),
-        ('{"model_type": "llama"}', "model_type 'llama', allowed is 'bard_vl'"),
-        ("[]", "is not a JSON object"),
-        ("{", "is not a JSON object"),
+        ('{"model_type": "llama"}', "model_type is 'llama', allowed are qwen3_vl, bard_vl"),
+        ("[]", "must hold a JSON object"),
+        ("{", "not a JSON file"),
         (None, "has no config.json"),
     ],
 )
@@ -174,6 +176,32 @@ def test_packing_needs_our_collator(raw):
     validate_recipe(packed)
     with pytest.raises(ValueError, match=r"packing needs dataloader.collate_fn._target_: .*, got 'my.collate'$"):
         validate_recipe(changed(packed, "dataloader.collate_fn._target_", "my.collate"))
+
+
+@pytest.mark.parametrize("name", ["nemo_bard.collate", "nemo_bard.data.collate", "nemo_bard.data"])
+def test_the_collator_is_known_by_all_its_names(raw, name):
+    """Packed recipes of 0.1.0 name the first."""
+    packed = changed(
+        changed(raw, "packing.max_length", 4096), "dataloader.collate_fn._target_", f"{name}.BlockDiffusionCollator"
+    )
+    validate_recipe(packed)
+    with pytest.raises(ValueError, match=r"unknown recipe key dataloader.collate_fn.max_lenght; did you mean"):
+        validate_recipe(changed(packed, "dataloader.collate_fn.max_lenght", 3))
+
+
+class OddEven(PBMObjective):
+    parts = ("odd_loss", "even_loss")
+
+
+class OddEvenLoss(BlockDiffusionCrossEntropy):
+    objective_class = OddEven
+
+
+def test_the_best_checkpoint_may_go_by_a_part_of_an_objective_of_ones_own(raw):
+    best = changed(raw, "checkpoint.best_metric_key", "val_odd_loss")
+    with pytest.raises(ValueError, match="checkpoint.best_metric_key must be one of"):
+        validate_recipe(best)
+    validate_recipe({**best, "loss_fn": {"_target_": OddEvenLoss}})
 
 
 def test_a_loss_has_to_fit_the_noise_of_every_phase(raw):
