@@ -19,6 +19,8 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
 
+from nemo_bard.base.import_hooks import put_first
+
 PACKAGE = "nemo_bard"
 MODULES = {
     "_registration": "upstream.transformers",
@@ -164,5 +166,4 @@ class _Finder(MetaPathFinder):
 
 def install() -> None:
     """Make the old names importable; calling it again changes nothing."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    put_first(_Finder())

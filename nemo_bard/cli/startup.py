@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+from nemo_bard.base.import_hooks import AfterImport, put_first
 
 UPSTREAM_CLI = "nemo_automodel.cli.app"
 COMMAND = "finetune"
@@ -33,40 +32,11 @@ def add_command(app: ModuleType) -> None:
     vars(app)["main"] = main
 
 
-class _Loader(Loader):
-    """Runs upstream's loader, then wraps ``main``."""
-
-    def __init__(self, inner: Loader) -> None:
-        self.inner = inner
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.inner.exec_module(module)
-        add_command(module)
-
-    def __getattr__(self, name: str) -> object:  # get_code, get_source, ...: `python -m nemo_automodel.cli.app`
-        return getattr(self.inner, name)
-
-
-class CliFinder(MetaPathFinder):
-    """Wraps the loader of ``nemo_automodel.cli.app``; every other import passes through."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Return upstream's spec with a wrapped loader, None for every other module."""
-        if fullname != UPSTREAM_CLI:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+class CliFinder(AfterImport):
+    """Wraps ``main`` of ``nemo_automodel.cli.app``."""
 
 
 def install() -> None:
     """Make the next import of ``nemo_automodel.cli.app`` know the command; calling it again changes nothing."""
-    if UPSTREAM_CLI in sys.modules or any(isinstance(finder, CliFinder) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, CliFinder())
+    if UPSTREAM_CLI not in sys.modules:
+        put_first(CliFinder({UPSTREAM_CLI: add_command}))

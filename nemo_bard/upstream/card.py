@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.base.moved import AliasLoader
 from nemo_bard.upstream.touched import Touched
 
@@ -88,15 +89,27 @@ def read_video(element: dict[str, Any]) -> tuple[Tensor, dict[str, Any], float]:
     try:
         with av.open(path) as container:
             stream = container.streams.video[0]
-            fps = float(stream.average_rate or 1)
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            fps, total = float(stream.average_rate or 1), stream.frames
+            if not total:  # WebM and Matroska do not say
+                total = sum(packet.size > 0 for packet in container.demux(stream))
+        if not total:
+            raise ValueError(f"video {path} cannot be read (it has no frames)")
+        first, last, whole = calculate_video_frame_range(element, total, fps)
+        count = smart_nframes(element, total_frames=whole, video_fps=fps)
+        kept = torch.linspace(first, last, count).round().long()
+        wanted = set(kept.tolist())
+        with av.open(path) as container:
+            frames = {
+                index: torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                for index, frame in enumerate(container.decode(video=0))
+                if index in wanted
+            }
     except (FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"video {path} cannot be read ({' '.join(str(error).split())})") from error
-    if not frames:
-        raise ValueError(f"video {path} cannot be read (it has no frames)")
-    first, last, total = calculate_video_frame_range(element, len(frames), fps)
-    count = smart_nframes(element, total_frames=total, video_fps=fps)
-    kept = torch.linspace(first, last, count).round().long()
+        raise ValueError(f"video {path} cannot be read ({one_line(error)})") from error
+    if len(frames) < len(wanted):
+        raise ValueError(
+            f"video {path} cannot be read (it ends early: {len(frames)} of {len(wanted)} frames are there)"
+        )
     video = torch.stack([frames[index] for index in kept.tolist()]).permute(0, 3, 1, 2)
-    metadata = {"fps": fps, "frames_indices": kept, "total_num_frames": total, "video_backend": "pyav"}
-    return video, metadata, count / total * fps
+    metadata = {"fps": fps, "frames_indices": kept, "total_num_frames": whole, "video_backend": "pyav"}
+    return video, metadata, count / whole * fps

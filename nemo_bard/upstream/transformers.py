@@ -10,14 +10,13 @@ precedence once it is imported.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from nemo_bard.base.import_hooks import AfterImport, put_first
 from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
 from nemo_bard.upstream.card import VISION_PROCESS, CardFinder, add_video_reader
 from nemo_bard.upstream.touched import Touched
@@ -132,33 +131,8 @@ _WHOLE = {CONFIG_TABLES: "CONFIG_MAPPING", MODEL_TABLES: "_LazyAutoMapping", VIS
 """What a module has once it has been executed."""
 
 
-class _Loader(importlib.abc.Loader):
-    """Runs the real loader, then the hook."""
-
-    def __init__(self, inner: importlib.abc.Loader, hook: Callable[[ModuleType], None]) -> None:
-        self.inner, self.hook = inner, hook
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.inner.exec_module(module)
-        self.hook(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps the loader of the hooked modules; every other import passes through."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        hook = _HOOKS.get(fullname)
-        if hook is None:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, hook)
-        return spec
+class TablesFinder(AfterImport):
+    """Adds our rows right after transformers has made its tables, and what ``card`` adds."""
 
 
 def install() -> None:
@@ -169,7 +143,6 @@ def install() -> None:
             hook(tables)
         else:
             missing = True
-    if missing and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    if not any(isinstance(finder, CardFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, CardFinder())
+    if missing:
+        put_first(TablesFinder(_HOOKS))
+    put_first(CardFinder())

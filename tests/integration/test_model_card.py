@@ -59,3 +59,29 @@ def test_the_card_runs_as_it_stands(start, tmp_path, write_clip, kind):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "vision tokens 0" not in run.stdout
+
+
+def test_only_the_sampled_frames_of_a_clip_are_kept(tmp_path, write_clip):
+    """The frames are those that decoding the whole clip gives, also where the header does not count them."""
+    import av
+    import torch
+
+    from nemo_bard.upstream.card import read_video
+
+    for name, codec in (("a.mp4", "mpeg4"), ("a.mkv", "mpeg4")):
+        file = write_clip(tmp_path / name, 24, codec=codec)
+        with av.open(str(file)) as container:
+            every = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        video, metadata, fps = read_video({"video": f"file://{file}", "nframes": 6, "video_start": 1.0})
+        assert metadata["frames_indices"].tolist() == [8, 11, 14, 17, 20, 23]
+        assert torch.equal(video, torch.stack([every[i] for i in (8, 11, 14, 17, 20, 23)]).permute(0, 3, 1, 2))
+        assert fps == pytest.approx(6 / 16 * 8)
+
+
+def test_a_clip_that_ends_early_is_told(tmp_path, write_clip):
+    from nemo_bard.upstream.card import read_video
+
+    file = write_clip(tmp_path / "a.mp4", 24, options={"movflags": "faststart"})
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * 0.6)])
+    with pytest.raises(ValueError, match=r"^video .*a.mp4 cannot be read \("):
+        read_video({"video": str(file), "nframes": 6})
