@@ -63,3 +63,30 @@ def write_clip() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BARD start point with block size 4; tests must leave it as they found it."""
+    from nemo_bard.checkpoints.convert import convert
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+
+    folder = tmp_path_factory.mktemp("start")
+    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
+    return folder / "start"
+
+
+@pytest.fixture(scope="session")
+def install_package() -> Callable[..., Path]:
+    """Writes a package as pip would install it: modules, and metadata with entry points."""
+
+    def install(folder: Path, name: str, modules: dict[str, str], entry_points: str) -> Path:
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        for module, code in modules.items():
+            (folder / f"{module}.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        return folder
+
+    return install

@@ -37,16 +37,6 @@ def damage(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    from nemo_bard.checkpoints.convert import convert
-    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
-
-    folder = tmp_path_factory.mktemp("start")
-    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
-    return folder / "start"
-
-
-@pytest.fixture(scope="module")
 def runs(start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     whole, broken = write_data(folder / "whole", 11), write_data(folder / "broken", 11)

@@ -110,16 +110,6 @@ def read_log(folder: Path, name: str = "training") -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    from nemo_bard.checkpoints.convert import convert
-    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
-
-    folder = tmp_path_factory.mktemp("start")
-    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
-    return folder / "start"
-
-
-@pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
     """``one`` and ``two`` ranks on the same mixed data; ``cut`` is stopped mid-epoch by SIGTERM and goes on."""
     folder = tmp_path_factory.mktemp("runs")

@@ -70,26 +70,15 @@ ENTRY_POINTS = "[nemo_bard.noises]\npower = power_noise:PowerNoise\n"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    from nemo_bard.checkpoints.convert import convert
-    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
-
-    folder = tmp_path_factory.mktemp("start")
-    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
-    write_data(folder / "data", 6)
-    return folder / "start"
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("noise") / "data", 6)
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
+def package(tmp_path_factory, install_package) -> Path:
     """A folder with an installed package that declares a noise."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "power_noise.py").write_text(PACKAGE)
-    info = folder / "power_noise-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: power-noise\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    return folder
+    modules = {"power_noise": PACKAGE}
+    return install_package(tmp_path_factory.mktemp("site"), "power-noise", modules, ENTRY_POINTS)
 
 
 DRIVER = """
@@ -100,13 +89,13 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def finetune(start: Path, package: Path, *jobs: tuple[Path, dict[str, object]]) -> list[tuple[int, str]]:
+def finetune(start: Path, data: Path, package: Path, *jobs: tuple[Path, dict[str, object]]) -> list[tuple[int, str]]:
     """Run trainings one after the other in one process; returns the exit code of each and what it told."""
     lines = []
     for folder, changes in jobs:
         settings = {**TRAIN, "model.pretrained_model_name_or_path": start, "checkpoint.checkpoint_dir": folder}
         settings |= {"step_scheduler.max_steps": 2, "checkpoint.enabled": False}
-        settings |= {"dataset.path": start.parent / "data" / "train.jsonl", **changes}
+        settings |= {"dataset.path": data, **changes}
         lines.append(["finetune", "--config", "pbm", *(f"{key}={value}" for key, value in settings.items())])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
@@ -118,33 +107,35 @@ def finetune(start: Path, package: Path, *jobs: tuple[Path, dict[str, object]]) 
     return told
 
 
-def trained(start: Path, package: Path, folder: Path, jobs: dict[str, dict[str, object]]) -> dict[str, list[dict]]:
-    for code, text in finetune(start, package, *((folder / name, changes) for name, changes in jobs.items())):
+def trained(
+    start: Path, data: Path, package: Path, folder: Path, jobs: dict[str, dict[str, object]]
+) -> dict[str, list[dict]]:
+    for code, text in finetune(start, data, package, *((folder / name, changes) for name, changes in jobs.items())):
         assert code == 0, text[-3000:]
     logs = {name: read_log(folder / name) for name in jobs}
     assert all(len(log) == 2 for log in logs.values())
     return logs
 
 
-def test_a_noise_by_its_entry_point_and_its_parameter_counts(start, package, tmp_path):
+def test_a_noise_by_its_entry_point_and_its_parameter_counts(start, data, package, tmp_path):
     """Few tokens are masked at a high power, in the phase that says so; validation keeps the section's."""
     jobs = {
         "low": {"noise.power": 0.5},
         "high": {"noise.power": 8},
         "phases": {"noise.power": 0.5, "noise.schedule": [{"until": 0.5}, {"power": 8}]},
     }
-    logs = trained(start, package, tmp_path, {name: {"noise.name": "power", **job} for name, job in jobs.items()})
+    logs = trained(start, data, package, tmp_path, {name: {"noise.name": "power", **job} for name, job in jobs.items()})
     tokens = {name: [line["num_loss_tokens"] for line in log] for name, log in logs.items()}
     assert tokens["high"][0] < tokens["low"][0]
     assert tokens["phases"] == [tokens["low"][0], tokens["high"][1]]
 
 
-def test_a_noise_a_loss_and_an_objective_by_dotted_names(start, package, tmp_path):
+def test_a_noise_a_loss_and_an_objective_by_dotted_names(start, data, package, tmp_path):
     names = {"noise.name": "power_noise.PowerNoise", "loss_fn._target_": "power_noise.PowerLoss"}
     validation = {"validation_dataset._target_": "nemo_bard.data.JsonlDataset", "step_scheduler.val_every_steps": 2}
-    validation["validation_dataset.path"] = start.parent / "data" / "train.jsonl"
+    validation["validation_dataset.path"] = data
     plain = {**names, "loss_fn._target_": "nemo_bard.method.BlockDiffusionCrossEntropy"}
-    logs = trained(start, package, tmp_path, {"run": {**names, **validation}, "own": names, "plain": plain})
+    logs = trained(start, data, package, tmp_path, {"run": {**names, **validation}, "own": names, "plain": plain})
     for line in logs["run"]:
         assert line["loss"] == pytest.approx(line["odd_loss"] + line["even_loss"], rel=1e-5)
     (line,) = read_log(tmp_path / "run", "validation")
@@ -168,8 +159,8 @@ WRONG = [
 ]
 
 
-def test_what_does_not_fit_is_one_line(start, package, tmp_path):
-    told = finetune(start, package, *((tmp_path / "run", changes) for changes, _ in WRONG))
+def test_what_does_not_fit_is_one_line(start, data, package, tmp_path):
+    told = finetune(start, data, package, *((tmp_path / "run", changes) for changes, _ in WRONG))
     for (code, text), (_, message) in zip(told, WRONG, strict=True):
         assert code == 2, text
         assert message in text

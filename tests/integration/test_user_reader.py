@@ -44,25 +44,10 @@ ENTRY_POINTS = "[nemo_bard.readers]\nsides = sides_reader:Sides\n"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    from nemo_bard.checkpoints.convert import convert
-    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
-
-    folder = tmp_path_factory.mktemp("start")
-    convert(make_tiny_qwen3_vl(folder / "source"), folder / "start", block_size=4)
-    return folder / "start"
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
+def package(tmp_path_factory, install_package) -> Path:
     """A folder with an installed package that declares a reader."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sides_reader.py").write_text(PACKAGE)
-    info = folder / "sides_reader-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sides-reader\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    return folder
+    modules = {"sides_reader": PACKAGE}
+    return install_package(tmp_path_factory.mktemp("site"), "sides-reader", modules, ENTRY_POINTS)
 
 
 def command(*words: object, path: Path | None = None) -> subprocess.CompletedProcess:

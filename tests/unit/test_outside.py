@@ -82,17 +82,13 @@ for command, option in (("generate", "--remasking-strategy"), ("evaluate", "--re
 @pytest.mark.parametrize(
     "names", [("margin", "counting"), ("outside_strategy.Margin", "outside_engine.Counting")], ids=["entry", "dotted"]
 )
-def test_a_package_brings_a_strategy_and_an_engine(names, tmp_path):
-    (tmp_path / "outside_strategy.py").write_text(PACKAGE)
-    (tmp_path / "outside_engine.py").write_text(ENGINE)
-    if names[0] == "margin":
-        metadata = tmp_path / "outside-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(
-            "[nemo_bard.strategies]\nmargin = outside_strategy:Margin\n"
-            "[nemo_bard.engines]\ncounting = outside_engine:Counting\n"
-        )
+def test_a_package_brings_a_strategy_and_an_engine(names, tmp_path, install_package):
+    declared = (
+        "[nemo_bard.strategies]\nmargin = outside_strategy:Margin\n"
+        "[nemo_bard.engines]\ncounting = outside_engine:Counting\n"
+    )
+    modules = {"outside_strategy": PACKAGE, "outside_engine": ENGINE}
+    install_package(tmp_path, "outside", modules, declared if names[0] == "margin" else "")
     code = CHECK.format(names=names, folder=str(tmp_path / "saved"), model=str(GOLDEN / "models/tiny_untied"))
     path = os.pathsep.join([str(tmp_path), *sys.path])
     result = subprocess.run(

@@ -9,15 +9,11 @@ from nemo_bard.base.registry import Registry
 
 
 @pytest.fixture
-def declare(tmp_path, monkeypatch):
-    """Installs a package ``tools`` that declares entry points of the group ``tests.tools``."""
+def declare(tmp_path, monkeypatch, install_package):
+    """Installs a package that declares entry points of the group ``tests.tools``."""
 
     def write(entry_points, code="class Saw: ...\nclass File: ...\n"):
-        (tmp_path / "registry_tools.py").write_text(code)
-        info = tmp_path / "registry_tools-1.dist-info"
-        info.mkdir(exist_ok=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: registry-tools\nVersion: 1\n")
-        (info / "entry_points.txt").write_text(f"[tests.tools]\n{entry_points}")
+        install_package(tmp_path, "registry-tools", {"registry_tools": code}, f"[tests.tools]\n{entry_points}")
         sys.modules.pop("registry_tools", None)
 
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -54,13 +54,10 @@ class ScaleStage(Stage):
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(tmp_path, monkeypatch, install_package):
     """The package as pip would install it: a module and the entry points of its metadata."""
-    site = tmp_path / "site"
-    (site / "scaling-1.0.dist-info").mkdir(parents=True)
-    (site / "scaling.py").write_text(PACKAGE)
-    (site / "scaling-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: scaling\nVersion: 1.0\n")
-    (site / "scaling-1.0.dist-info" / "entry_points.txt").write_text("[nemo_bard.stages]\nscale = scaling:ScaleStage\n")
+    declared = "[nemo_bard.stages]\nscale = scaling:ScaleStage\n"
+    site = install_package(tmp_path / "site", "scaling", {"scaling": PACKAGE}, declared)
     monkeypatch.syspath_prepend(site)
     monkeypatch.setattr(STAGE_KINDS, "_scanned", False)
     monkeypatch.setattr(STAGE_KINDS, "_things", dict(STAGE_KINDS._things))
