@@ -44,6 +44,7 @@ SILENT = VIEWS | {"empty", "empty_like", "empty_strided", "new_empty", "new_empt
 """Operations that launch no kernel."""
 UNIQUE = {"_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}
 READS = UNIQUE | {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "histc"}
+READS |= {"masked_scatter_backward"}
 """Operations whose result, or its size, the host has to wait for."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -401,6 +402,7 @@ def _patches(log: PretendCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_available", lambda: log.available
     yield cuda, "current_device", lambda: 0
     yield cuda, "set_device", lambda device: None
+    yield cuda, "get_device_capability", lambda device=None: (9, 0)
     yield cuda, "synchronize", lambda device=None: log.sync("synchronize")
     yield cuda, "current_stream", lambda device=None: _Stream()
     yield cuda, "stream", lambda stream: _Stream()
