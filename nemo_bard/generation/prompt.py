@@ -34,6 +34,7 @@ class Prompt:
     block_sizes: list[list[int]]
     """Tokens of each block of each row."""
     vision: dict[str, Tensor] = field(default_factory=dict)
+    """Pixels on the model's device, grids on the CPU."""
 
     @property
     def lengths(self) -> list[int]:
@@ -66,7 +67,7 @@ def prepare_prompt(
         pad_token_id: Id put on the left; nothing attends to it.
 
     Returns:
-        The prompts on the model's device.
+        The prompts on the model's device; grids stay on the CPU.
 
     Raises:
         ValueError: For an empty or too long prompt, images without placeholders or the reverse, or missing tensors.
@@ -90,7 +91,11 @@ def prepare_prompt(
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
         )
-    vision = {name: inputs[name].to(device) for name in VISION_KEYS if inputs.get(name) is not None}
+    vision = {
+        name: inputs[name].to(device if name.startswith("pixel") else "cpu")
+        for name in VISION_KEYS
+        if inputs.get(name) is not None
+    }
     rows = [row[keep] for row, keep in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
     vocab_size = config.text_config.vocab_size
     for index, row in enumerate(rows):
@@ -120,8 +125,8 @@ def prepare_prompt(
     positions, _ = model.model.get_rope_index(
         aligned,
         mm_token_type_ids=types,
-        image_grid_thw=_cpu(vision.get("image_grid_thw")),
-        video_grid_thw=_cpu(vision.get("video_grid_thw")),
+        image_grid_thw=vision.get("image_grid_thw"),
+        video_grid_thw=vision.get("video_grid_thw"),
         attention_mask=real.long(),
     )
     next_position = positions.masked_fill(~real, -1).amax((0, 2)) + 1
@@ -143,10 +148,6 @@ def prepare_prompt(
         block_sizes=block_sizes,
         vision=vision,
     )
-
-
-def _cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
 
 
 def _check_vision(config: Any, rows: list[Tensor], vision: dict[str, Tensor]) -> None:
