@@ -31,7 +31,7 @@ from nemo_bard.method.losses import BlockDiffusionLoss
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, make_objective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
-from nemo_bard.train.adapters import export_merged
+from nemo_bard.train.adapters import draw_adapters, export_merged
 from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import REPLICAS_KEY, check_ar_loss, check_batch_sizes, replicas_of, validate_recipe
 from nemo_bard.train.masks import FLEX_TILE, uses_flex
@@ -236,8 +236,10 @@ class PBMRecipe(ValidatedTraining):
         """Load as upstream does; a checkpoint of the last step of an epoch goes on with the next epoch.
 
         Upstream (0.7.0) stores the epoch that has ended, and where its last step had fewer microbatches than the others,
-        the epoch would be run again.
+        the epoch would be run again. Adapters start alike on all ranks before.
         """
+        if self.peft_config is not None:
+            draw_adapters(self.model_parts[0], self.peft_config.lora_A_init, self.seed)
         super().load_checkpoint(restore_from)
         scheduler = self.step_scheduler
         if scheduler.epoch_len is not None and scheduler.step // scheduler.epoch_len > scheduler.epoch:
