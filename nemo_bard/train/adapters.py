@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def draw_adapters(model: nn.Module, method: str, seed: int) -> None:
     for module in model.modules():
         if not hasattr(module, "init_lora_weights"):
             continue
-        weight = module.lora_A.weight
+        weight = cast("nn.Linear", module.lora_A).weight
         whole = torch.empty(weight.shape)
         if method == "xavier":
             nn.init.xavier_normal_(whole, generator=generator)
