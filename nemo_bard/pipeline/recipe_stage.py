@@ -24,7 +24,7 @@ from nemo_bard.pipeline.job import Job, Place, Stage
 from nemo_bard.pipeline.schema import SECTION, FollowingSettings, StageSettings
 from nemo_bard.pipeline.training import final_export, train
 from nemo_bard.pipeline.world import World
-from nemo_bard.train.config import check_batch_sizes, validate_recipe
+from nemo_bard.train.config import check_batch_sizes, replicas_of, validate_recipe
 from nemo_bard.train.recipe_file import load_recipe_class, read_yaml, translate
 
 SHORT_KEYS = {
@@ -51,7 +51,7 @@ NOT_COMPARED = (
     "dataloader.pin_memory", "dataloader.persistent_workers", "dataloader.prefetch_factor",
     "validation_dataloader.num_workers", "step_scheduler.ckpt_every_steps", "step_scheduler.log_remote_every_steps",
     "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
-    "on_bad_sample",
+    "distributed.dp_replicate_size", "distributed.defer_fsdp_grad_sync", "on_bad_sample",
 )  # fmt: skip
 """Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
 
@@ -247,10 +247,12 @@ class RecipeStage(Stage):
             raise ValueError(f"stage {self.name}: {error}") from error
 
     def check_processes(self, processes: int) -> None:
-        """Check that the global batch is a whole number of local batches on all processes."""
-        steps = translate(self.recipe)["step_scheduler"]
+        """Check that local batches on all processes make up the global one, and that the processes can have replicas."""
+        recipe = translate(self.recipe)
+        steps = recipe["step_scheduler"]
         try:
             check_batch_sizes(steps["global_batch_size"], steps["local_batch_size"], processes)
+            replicas_of(recipe.get("distributed") or {}, processes, processes)
         except ValueError as error:
             raise ValueError(f"stage {self.name}: {error}") from error
 

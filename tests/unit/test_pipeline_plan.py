@@ -54,7 +54,14 @@ def test_published_chain(name):
         recipe = stage.recipe
         assert recipe["model"]["pretrained_model_name_or_path"] == str(before.export)
         assert recipe["model"]["block_size"] == stage.block_size
-        assert recipe["step_scheduler"]["global_batch_size"] == 256
+        assert recipe["packing"]["max_length"] == 8192
+        # rows: 256 samples of about 870 tokens are 28, and 1 to 32 GPUs divide 32
+        assert recipe["step_scheduler"]["global_batch_size"] == 32
+        assert recipe["distributed"] == {
+            "strategy": "fsdp2",
+            "dp_replicate_size": "auto",
+            "activation_checkpointing": True,
+        }
         assert recipe["dataloader"]["collate_fn"]["max_length"] == 8192
         assert recipe["optimizer"]["betas"] == [0.9, 0.95]
         assert recipe["optimizer"]["weight_decay"] == 0.0
@@ -81,12 +88,29 @@ def test_published_chain(name):
 
 
 def test_packing_in_all_stages_shares_the_measured_lengths(tmp_path):
-    chain = job("bard_b32", "overrides.packing.max_length=8192", folder=tmp_path)
+    chain = job("bard_b32", folder=tmp_path)
     for stage in chain.stages[1:]:
         assert stage.recipe["packing"] == {"max_length": 8192, "cache_dir": str(tmp_path / "lengths")}
     one = job("bard_b32", "stage.pbm_b8.overrides.packing.max_length=4096", folder=tmp_path)
     assert one.stage("pbm_b8").recipe["packing"]["max_length"] == 4096
-    assert one.stage("pbm_b4").recipe["packing"] == {"max_length": None, "cache_dir": None}
+    assert one.stage("pbm_b4").recipe["packing"]["max_length"] == 8192
+
+
+def test_a_row_per_sample_and_other_batches_are_one_word_away(tmp_path):
+    words = ["overrides.packing.max_length=null", "overrides.step_scheduler.global_batch_size=256"]
+    chain = job("bard_b32", *words, "stage.swd_b32.overrides.packing.max_length=4096", folder=tmp_path)
+    for stage in chain.stages[1:5]:
+        assert stage.recipe["packing"] == {"max_length": None, "cache_dir": None}
+        assert stage.recipe["step_scheduler"]["global_batch_size"] == 256
+    assert chain.stages[5].recipe["packing"]["max_length"] == 4096
+    one = job("bard_8b", "stage.pbm_b8.global_batch_size=64", folder=tmp_path)
+    assert one.stage("pbm_b8").recipe["step_scheduler"]["global_batch_size"] == 64
+
+
+def test_the_demo_stays_a_sample_per_row():
+    for stage in job("bard_tiny").stages:
+        if stage.trains:
+            assert not stage.recipe.get("packing", {}).get("max_length")
 
 
 def test_every_shipped_file_is_used_by_a_composition():
@@ -274,9 +298,15 @@ def test_a_bard_folder_needs_no_conversion_and_passes(data, tmp_path):
     bard_folder(tmp_path / "source", 4)
     chain = job("bard_b32", f"model.source={tmp_path / 'source'}", f"data.path={data}")
     checks.check_chain(chain)
-    checks.check_world(chain, 256)
-    with pytest.raises(ValueError, match="stage pbm_b4: step_scheduler.global_batch_size=256 must be divisible"):
+    checks.check_world(chain, 32)
+    with pytest.raises(ValueError, match="stage pbm_b4: step_scheduler.global_batch_size=32 must be divisible"):
         checks.check_world(chain, 3)
+    chain = job("bard_b32", f"model.source={tmp_path / 'source'}", "overrides.distributed.dp_replicate_size=8")
+    checks.check_world(chain, 16)
+    with pytest.raises(
+        ValueError, match="stage pbm_b4: distributed.dp_replicate_size=8 must divide the number of ranks"
+    ):
+        checks.check_world(chain, 8)
 
 
 def test_results_of_two_ranks_are_put_together():

@@ -101,6 +101,12 @@ def test_shipped_recipe_is_accepted(raw):
             "packed_sequence is not supported by this recipe: its collator would be replaced; use packing.max_length",
         ),
         ("packing.max_lenght", 9, "unknown recipe key packing.max_lenght; did you mean packing.max_length?"),
+        (
+            "distributed.dp_replicate_size",
+            "nodes",
+            "distributed.dp_replicate_size must be auto, null or an integer >= 1, got 'nodes'",
+        ),
+        ("distributed.dp_replicate_size", 0, "must be auto, null or an integer >= 1, got 0"),
         ("packing", 8192, "packing must be a section of keys, got 8192"),
         ("packing.max_length", 0, "packing.max_length must be an integer >= 1 or null, got 0"),
         ("packing.max_length", "8k", "packing.max_length must be an integer >= 1 or null, got '8k'"),
