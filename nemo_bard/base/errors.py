@@ -10,6 +10,10 @@ USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryErro
 EXIT_USER_ERROR = 2
 
 
+class RunError(RuntimeError):
+    """Ends a run although the input is right, such as a process that is gone: one line, exit code 1, worth a new try."""
+
+
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """The known name that is most like ``name``, None if none is much like it."""
     found = difflib.get_close_matches(str(name), list(known), n=1)

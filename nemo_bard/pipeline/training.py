@@ -26,13 +26,14 @@ LINE_SECONDS = 60.0
 """Between two lines about a stage where no progress bar can be drawn, such as a job's log."""
 
 
-def train(stage: Stage, recipe: dict[str, Any], world: World) -> bool:
+def train(stage: Stage, recipe: dict[str, Any], world: World, data_cache: Path) -> bool:
     """Train a stage from its newest whole checkpoint to its end, or until a signal.
 
     Args:
         stage: A stage whose ``stage.yaml`` is written.
         recipe: What that file holds.
         world: The processes; all of them call this.
+        data_cache: Folder for what the recipe finds out about its data sets, for all stages and goes.
 
     Returns:
         Whether the stage's final checkpoint is there; False means a signal came before.
@@ -46,6 +47,7 @@ def train(stage: Stage, recipe: dict[str, Any], world: World) -> bool:
     config = load_config(path, [])
     config.set_by_dotted("checkpoint.restore_from", None if resume is None else str(resume))
     trainer = recipe_class(config)
+    trainer.data_cache = data_cache
     try:
         trainer.setup()
         for loader in loaders_of(trainer):
