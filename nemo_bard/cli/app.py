@@ -16,6 +16,8 @@ from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, RunError, one_li
 from nemo_bard.cli.commands import COMMANDS
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.ENAMETOOLONG)
+"""What will be refused again."""
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -65,9 +67,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {rank}{one_line(error)}\n")
         return 1 if isinstance(error, RunError) else EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in FULL_DISK or os.environ.get("NEMO_BARD_DEBUG") == "1":
+        if error.errno not in (*FULL_DISK, *READ_ONLY) or os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
         where = f" ({error.filename})" if error.filename else ""
+        if error.errno in READ_ONLY:
+            sys.stderr.write(f"error: {error.strerror}{where}\n")
+            return EXIT_USER_ERROR
         sys.stderr.write(f"error: {error.strerror}{where}; make room and run the same command again\n")
         return 1
 

@@ -22,6 +22,8 @@ from nemo_bard.upstream.torch import shield_workers, stop_workers
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_SECONDS = 15.0
+"""Between two writings of ``progress.json``."""
 LINE_SECONDS = 60.0
 """Between two lines about a stage where no progress bar can be drawn, such as a job's log."""
 
@@ -95,7 +97,7 @@ def final_export(stage: Stage) -> Path | None:
 class Watch:
     """Follows a recipe through its methods: what it logs per step, and when it saves.
 
-    Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk before every checkpoint does,
+    Progress goes to ``progress.json`` now and then, which no step waits for the disk for. The metrics reach the disk before every checkpoint does,
     and a checkpoint's files before its publication.
     """
 
@@ -150,7 +152,7 @@ class Watch:
         self.step_seconds = duration if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * duration
         self.host_memory = max(self.host_memory, resident_gib())
         self.device_memory = max(self.device_memory, float(sample.metrics.get("mem", 0.0)))
-        if now - self.written >= 2.0:
+        if now - self.written >= PROGRESS_SECONDS:
             self.write(sample)
         if not self.draws and (self.said is None or now - self.said >= LINE_SECONDS):
             self.said = now
@@ -186,6 +188,7 @@ class Watch:
                 "device_memory_gib": self.device_memory,
                 "time": time.time(),
             },
+            durable=False,
         )
 
 

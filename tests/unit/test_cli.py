@@ -149,6 +149,15 @@ def test_a_rank_that_is_gone_is_one_line_and_worth_a_new_try(monkeypatch, capsys
     assert capsys.readouterr().err == "error: checking samples: a rank is gone (Ranks 2)\n"
 
 
+def test_a_read_only_disk_is_one_line_and_not_worth_a_new_try(monkeypatch, capsys):
+    def run(_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/b4")
+
+    monkeypatch.setattr(cli, "run_command", run)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: Read-only file system (runs/b4)\n"
+
+
 def test_other_system_errors_keep_their_traceback(monkeypatch):
     def run(_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
