@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,9 +47,17 @@ class Rank:
         pass
 
 
+@pytest.fixture(autouse=True)
+def _fast():
+    """Every process collects garbage; what is imported once need not be looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def scored(monkeypatch, tmp_path):
-    """Scores ``digits`` with a model that knows nothing, in 64 processes: ``scored(samples_per_process)``."""
+    """Scores samples with a model that knows nothing, in 64 processes: ``scored(samples_per_process)``."""
     loaded = []
 
     def answered(model, processor, share, **_):
@@ -64,14 +73,20 @@ def scored(monkeypatch, tmp_path):
         loaded.append(1)
         return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1)), None
 
+    def opened(_, *, validate):
+        assert not validate, "all samples were checked when the run began"
+        return [{"sample_index": index} for index in range(200)]
+
     monkeypatch.setattr(responder, "load_checkpoint", load)
+    monkeypatch.setattr(evaluation, "open_samples", opened)
+    monkeypatch.setattr(evaluation, "decoding", lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate", answered)
     monkeypatch.setattr(evaluation, "read_model_type", lambda _: "qwen3_vl")
     monkeypatch.setattr(evaluation.manifest, "digest", str)
 
     def run(samples_per_process):
         loaded.clear()
-        settings = EvaluationSettings(data="digits:test", samples_per_process=samples_per_process)
+        settings = EvaluationSettings(data="test.jsonl", samples_per_process=samples_per_process)
         job = SimpleNamespace(evaluation=settings, run_dir=tmp_path)
         said: list = []
         for rank in range(64):

@@ -427,6 +427,18 @@ def test_status_of_a_running_stage(chain, monkeypatch):
     assert "running" in render(seen[0], Path("runs/stub"))
 
 
+def test_all_stages_share_what_is_known_of_the_data(chain, no_report, monkeypatch):
+    caches, setup = [], StubRecipe.setup
+
+    def noted(self):
+        caches.append(self.data_cache)
+        setup(self)
+
+    monkeypatch.setattr(StubRecipe, "setup", noted)
+    run()
+    assert caches == [Path("runs/stub/lengths").absolute()] * 2
+
+
 def test_no_step_waits_for_the_disk_to_tell_the_progress(chain, no_report, monkeypatch):
     written = []
 
