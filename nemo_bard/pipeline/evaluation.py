@@ -35,8 +35,17 @@ class Share(Sequence[Any]):
         return self._dataset[self._indices[index]]
 
 
-def open_samples(job: Job) -> Any:
+def sharing(total: int, processes: int, least: int) -> int:
+    """How many of the processes answer: all, or as many as have at least ``least`` of ``total`` samples, but one."""
+    return max(min(processes, total // least), 1)
+
+
+def open_samples(job: Job, *, validate: bool = True) -> Any:
     """Open the samples that stages are scored on, or return None if there are none.
+
+    Args:
+        job: The chain.
+        validate: Check them all.
 
     Raises:
         ValueError: If they cannot be read, or the scorer or a decoding setting is wrong.
@@ -47,7 +56,7 @@ def open_samples(job: Job) -> Any:
     from nemo_bard.data.readers import open_dataset
     from nemo_bard.evaluation.evaluate import resolve_scorer
 
-    dataset = open_dataset(settings.data, limit=settings.limit)
+    dataset = open_dataset(settings.data, limit=settings.limit, validate=validate)
     resolve_scorer(settings.scorer, dataset)
     decoding(None, settings)
     return dataset
@@ -65,7 +74,8 @@ def decoding(folder: Path | None, settings: EvaluationSettings) -> Any:
 
 def request(job: Job, content: str) -> str:
     """Digest of what a score depends on, the export's content among it."""
-    settings = {key: value for key, value in asdict(job.evaluation).items() if key != "pictures"}
+    left_out = ("pictures", "samples_per_process")
+    settings = {key: value for key, value in asdict(job.evaluation).items() if key not in left_out}
     return manifest.digest({"settings": settings, "content": content})
 
 
@@ -101,15 +111,16 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
 
 
 def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[str, Any] | None:
-    """Load the export here and score this rank's samples; None if there are fewer samples than ranks, or a signal."""
+    """Load the export here and score this rank's samples; None if it has none (see ``sharing``), or after a signal."""
     from nemo_bard.evaluation.evaluate import evaluate, resolve_scorer
     from nemo_bard.evaluation.responder import load_checkpoint
 
-    settings, dataset = job.evaluation, open_samples(job)
+    settings, dataset = job.evaluation, open_samples(job, validate=False)  # checked when the run began
     total = len(dataset) if settings.limit is None else min(settings.limit, len(dataset))
-    share = Share(dataset, world.rank, world.size, total, world)
-    if not len(share):
+    answering = sharing(total, world.size, settings.samples_per_process)
+    if world.rank >= answering:
         return None
+    share = Share(dataset, world.rank, answering, total, world)
     model, processor = load_checkpoint(export, device=_device())
     config = decoding(export, settings)
     if read_model_type(export) == "qwen3_vl" and model.generation_config.eos_token_id is None:

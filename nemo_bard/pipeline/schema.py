@@ -88,6 +88,9 @@ class EvaluationSettings:
     data: Any = setting(None, DATASET, "held-out samples; null means no evaluation")
     limit: int | None = setting(128, integer(optional=True), "first samples; null: all")
     batch_size: int = setting(1, integer(), "prompts that are decoded together")
+    samples_per_process: int = setting(
+        8, integer(), "at least; with fewer samples, fewer processes load the model and answer"
+    )
     scorer: str | None = setting(None, text(optional=True), "null: the data set's own; see nemo-bard evaluate --help")
     warm_up: bool = setting(True, flag(), "decode the first batch once untimed")
     generation: dict[str, Any] = setting(
