@@ -125,10 +125,10 @@ def markdown_table(rows: list[Row], columns: dict[str, str]) -> str:
 class Results:
     """A result file; it is written after every row, so that a program that is killed leaves what it has measured."""
 
-    def __init__(self, name: str, output: Path | str | None, facts: Row) -> None:
-        """Where it goes (``output``, or ``results/<name>.json``) and what holds for all rows."""
+    def __init__(self, name: str, output: Path | str | None, columns: dict[str, str], facts: Row) -> None:
+        """Where it goes (``output``, or ``results/<name>.json``), how rows are shown, and what holds for all of them."""
         self.path = Path(output) if output else RESULTS / f"{name}.json"
-        self.facts, self.rows = facts, []
+        self.facts, self.rows = {**facts, "columns": columns}, []
 
     def add(self, *rows: Row) -> None:
         """Keep rows and write the file."""

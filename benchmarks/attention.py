@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         **{key: getattr(args, key) for key in ("shape", "sample_tokens", "prompt_tokens", "block_size")},
         "flex_tile": FLEX_TILE,
     }
-    results = Results(f"attention_{args.shape}_{device.type}", args.output, facts)
+    results = Results(f"attention_{args.shape}_{device.type}", args.output, COLUMNS, facts)
     for length in args.lengths:
         expected: dict[str, Tensor] = {}
         rows = [

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     def product() -> Row:
         return {"tflops": product_flops(device, dtype, args.product) / 1e12}
 
-    results = Results(f"ceilings_{device.type}", args.output, environment(device, dtype))
+    results = Results(f"ceilings_{device.type}", args.output, COLUMNS, environment(device, dtype))
     results.add(attempt({"what": "copy, read and written", "size": args.mib}, copy))
     results.add(attempt({"what": f"product, {args.dtype}", "size": args.product}, product))
     sys.stdout.write(f"{table(results.rows, COLUMNS)}\n\nwritten to {results.path}\n")

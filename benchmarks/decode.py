@@ -314,8 +314,8 @@ def relate(rows: list[Row], floor_ms: float) -> list[Row]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and report."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure and report; 1 if a row failed."""
     args = parse_args(argv)
     hf_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="block_size=")
@@ -331,13 +331,14 @@ def main(argv: list[str] | None = None) -> None:
         **{key: getattr(args, key) for key in ("prompt_tokens", "image_tokens", "new_tokens", "strategy")},
     }
     name = args.checkpoint.name if args.checkpoint else args.shape
-    results = Results(f"decode_{name}_{device.type}", args.output, facts)
+    results = Results(f"decode_{name}_{device.type}", args.output, COLUMNS, facts)
     for batch_size in args.batch_sizes:
         rows = measure(args, model, batch_size, bandwidth)
         results.add(*rows)
         sys.stdout.write(f"{table(rows, COLUMNS)}\n\n")
     sys.stdout.write(f"written to {results.path}\n")
+    return int(any("failed" in row for row in results.rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

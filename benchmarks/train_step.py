@@ -444,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         "activation_checkpointing": args.activation_checkpointing,
         "memory": "allocator" if on_gpu else "VmHWM of a process per path",
     }
-    results = Results(f"train_step_{args.shape}_{device.type}", args.output, facts)
+    results = Results(f"train_step_{args.shape}_{device.type}", args.output, COLUMNS, facts)
     model = build_model(args, bard_config(args.shape, cases[0].block_size)) if on_gpu else None
     for case in cases:
         if model is None:

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     results = Results(
-        f"vision_{args.shape}_{device.type}", args.output, {**environment(device, dtype), "shape": args.shape}
+        f"vision_{args.shape}_{device.type}", args.output, COLUMNS, {**environment(device, dtype), "shape": args.shape}
     )
     model = random_model(bard_config(args.shape, 8), device=device, dtype=dtype, seed=args.seed).eval()
     for images, tokens in (map(int, text.split(":")) for text in args.images):

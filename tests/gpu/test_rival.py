@@ -1,0 +1,27 @@
+"""The rival of the decoding benchmark: its captured steps give the ids of transformers' own ``generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_captured_autoregressive_steps_give_the_ids_of_transformers(rows, device):
+    from _models import bard_config, image_prompt, on_device, random_model
+    from _rival import StaticDecoder, autoregressive, greedy
+
+    config = bard_config("tiny", 8)
+    source = autoregressive(random_model(config, device=device, dtype=torch.float32, seed=0).eval())
+    for seed in range(2):
+        prompt = image_prompt(config, rows=rows, prompt_tokens=40, image_tokens=16, seed=seed)
+        batch = on_device(prompt, device, torch.float32)
+        decoder = StaticDecoder(source, rows=rows, capacity=64, compiled=False)
+        expected = greedy(source, batch, 20)
+        assert torch.equal(decoder.generate(batch, 20), expected)
+        assert torch.equal(decoder.generate(batch, 7), expected[:, :7])
