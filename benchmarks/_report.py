@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 import shutil
@@ -122,6 +123,21 @@ def markdown_table(rows: list[Row], columns: dict[str, str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+class Warned(logging.Handler):
+    """Keeps the different warnings of a package: they say what was slower than it should be."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger(package).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        line = " ".join(record.getMessage().split())[:300]
+        if line not in self.lines:
+            self.lines.append(line)
+
+
 class Results:
     """A result file; it is written after every row, so that a program that is killed leaves what it has measured."""
 
@@ -129,9 +145,12 @@ class Results:
         """Where it goes (``output``, or ``results/<name>.json``), how rows are shown, and what holds for all of them."""
         self.path = Path(output) if output else RESULTS / f"{name}.json"
         self.facts, self.rows = {**facts, "columns": columns}, []
+        self.warned = Warned("nemo_bard")
 
     def add(self, *rows: Row) -> None:
         """Keep rows and write the file."""
         self.rows.extend(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=2) + "\n")
+        self.path.write_text(
+            json.dumps({**self.facts, "warnings": self.warned.lines, "rows": self.rows}, indent=2) + "\n"
+        )

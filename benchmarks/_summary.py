@@ -129,9 +129,13 @@ def markdown(facts: Row, aims: list[Row], sections: list[Row], picture: str | No
 
 
 def section_lines(section: Row) -> Iterator[str]:
-    """A benchmark's rows."""
+    """A benchmark's rows, and what the package warned of."""
     if section["rows"]:
         yield markdown_table(section["rows"], section["facts"]["columns"])
+    warned = section["facts"].get("warnings", [])
+    if warned:
+        yield ""
+    yield from (f"- warned: {line}" for line in warned)
 
 
 def test_lines(section: Row) -> Iterator[str]:
@@ -169,7 +173,7 @@ def plot(sections: list[Row], path: Path) -> bool:
     ):
         axis.barh(labels, [row[key] for _, row in decoded])
         axis.invert_yaxis()
-        axis.set(title=title, xscale="log")
+        axis.set(title=title)
     floors = [row["floor_ms"] for _, row in decoded]
     axes[0][0].scatter(floors, range(len(floors)), color="black", marker="|", s=200, zorder=3)
     for axis, (name, title) in zip(axes[1], lines, strict=True):

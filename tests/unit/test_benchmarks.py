@@ -109,7 +109,7 @@ import json, sys, time
 rows = [{"path": "ours", "block_size": 32, "batch": 1, "ms_per_step": 2.5, "floor_ms": 2.0, "times_ar": 2.0}]
 rows[0]["decode_tokens_per_second"] = 1000.0
 facts = {"device": "NVIDIA H900", "device_gib": 1.0, "driver": "1", "cuda": "2", "python": "3", "versions": {"torch": "9"}}
-open(sys.argv[-1], "w").write(json.dumps({**facts, "columns": {"path": "path|s", "ms_per_step": "ms/step|.2f"}, "rows": rows}))
+open(sys.argv[-1], "w").write(json.dumps({**facts, "columns": {"path": "path|s", "ms_per_step": "ms/step|.2f"}, "warnings": ["slow"], "rows": rows}))
 """
 
 
@@ -138,7 +138,7 @@ def test_a_section_that_ends_badly_keeps_its_rows_and_says_why(end, reason, modu
     markdown = text.read_text()
     assert f"**Failed**: {reason}" in markdown
     assert "**Failed**: the time was up" in markdown
-    assert "| ours | 2.50 |" in markdown
+    assert "| ours | 2.50 |\n\n- warned: slow" in markdown
     aims = json.loads(data.read_text())["aims"]
     assert [aim["met"] for aim in aims] == ["yes", "not measured", "no", "not measured", "not measured"]
 
