@@ -32,6 +32,7 @@ class Prompt:
     next_position: Tensor
     """Position of the first response token, ``[N]``."""
     vision: dict[str, Tensor] = field(default_factory=dict)
+    """Pixels on the model's device, grids on the CPU."""
 
     @property
     def real(self) -> Tensor:
@@ -59,7 +60,7 @@ def prepare_prompt(
         pad_token_id: Id put on the left; nothing attends to it.
 
     Returns:
-        The prompts on the model's device.
+        The prompts on the model's device; grids stay on the CPU.
 
     Raises:
         ValueError: For an empty or too long prompt, images without placeholders or the reverse, or missing tensors.
@@ -83,7 +84,11 @@ def prepare_prompt(
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
         )
-    vision = {name: inputs[name].to(device) for name in VISION_KEYS if inputs.get(name) is not None}
+    vision = {
+        name: inputs[name].to(device if name.startswith("pixel") else "cpu")
+        for name in VISION_KEYS
+        if inputs.get(name) is not None
+    }
     rows = [row[keep] for row, keep in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
     vocab_size = config.text_config.vocab_size
     for index, row in enumerate(rows):
@@ -111,8 +116,8 @@ def prepare_prompt(
     positions, _ = model.model.get_rope_index(
         aligned,
         mm_token_type_ids=types,
-        image_grid_thw=_cpu(vision.get("image_grid_thw")),
-        video_grid_thw=_cpu(vision.get("video_grid_thw")),
+        image_grid_thw=vision.get("image_grid_thw"),
+        video_grid_thw=vision.get("video_grid_thw"),
         attention_mask=real.long(),
     )
     next_position = positions.masked_fill(~real, -1).amax((0, 2)) + 1
@@ -133,10 +138,6 @@ def prepare_prompt(
         next_position=next_position.to(device),
         vision=vision,
     )
-
-
-def _cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
 
 
 def _check_vision(config: Any, rows: list[Tensor], vision: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from nemo_bard.model.sequences import Sequences, sequence_attention
 from nemo_bard.upstream.torch import cpu_attention, cpu_attention_backward
 
 NAME = "bard"
@@ -47,6 +48,7 @@ def bard_attention(
     attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sequences: Sequences | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend with a dense bool mask or a flex ``BlockMask``.
@@ -59,11 +61,14 @@ def bard_attention(
         attention_mask: Bool ``[N, 1, Q, K]``, a ``BlockMask``, or None (then as transformers' ``sdpa``).
         scaling: Factor on the scores, ``1 / sqrt(D)`` if None.
         dropout: Dropout probability.
+        sequences: What a row is made of, in place of a mask: the frames of the vision tower.
         **kwargs: Passed on to transformers' ``sdpa``.
 
     Returns:
         ``[N, Q, H, D]`` and None.
     """
+    if sequences is not None:
+        return sequence_attention(module, query, key, value, sequences, scaling=scaling, dropout=dropout, **kwargs)
     groups = query.shape[1] // key.shape[1]
     if isinstance(attention_mask, BlockMask):
         attend = compiled_flex() if query.is_cuda else flex_attention

@@ -7,6 +7,7 @@ numbers of the forward pass are the same; gradients differ by rounding.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -108,7 +109,13 @@ def slim(model: nn.Module, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
         norm: Class of its norms, with ``weight`` and ``variance_epsilon``.
         mlp: Class of its MLPs, with ``gate_proj``, ``up_proj``, ``down_proj`` without bias, and silu.
     """
-    lean = {kind: type(kind.__name__, (mixin, kind), {}) for mixin, kind in ((LeanNorm, norm), (LeanMLP, mlp))}
+    lean = {norm: _mixed(LeanNorm, norm), mlp: _mixed(LeanMLP, mlp)}
     for module in model.modules():
         if type(module) in lean:
             become(module, lean[type(module)])
+
+
+@functools.cache
+def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """One class for all models: compiled code of one model is for another one, too."""
+    return type(kind.__name__, (mixin, kind), {})

@@ -29,6 +29,7 @@ from nemo_bard.method.chunked import OutputHead
 from nemo_bard.model import attention
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.model.lean import slim
+from nemo_bard.model.vision import take_vision_from_host
 from nemo_bard.upstream.torch import become
 from nemo_bard.upstream.transformers import attn_implementation, text_section
 
@@ -54,6 +55,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     def __init__(self, config: BardVLConfig) -> None:
         """Build the model from its configuration (a Qwen3-VL configuration is taken as a BARD one)."""
         super().__init__(config)
+        take_vision_from_host(self.model)
         become(self.lm_head, OutputHead)  # the same parameters, initialised as Qwen3-VL does
         if text_section(config).hidden_act == "silu":
             slim(self.model.language_model, Qwen3VLTextRMSNorm, Qwen3VLTextMLP)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_bard.upstream.touched import Touched
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 _read = partial(Touched, version="torch 2.12.1")
@@ -29,6 +30,11 @@ TOUCHED = (
         reason="CUDA graphs record writes to the cache only if its address is known not to change",
         until="torch.compiler has it",
         parameters="t, guard",
+    ),
+    _read(
+        "torch.ops.aten._assert_async",
+        reason="placeholders of images are counted on the device, without making the host wait for the number",
+        until="torch has a public assertion on the device",
     ),
     *(
         _read(
@@ -100,6 +106,27 @@ def mark_static_address(tensor: Tensor) -> None:
     import torch._dynamo
 
     torch._dynamo.mark_static_address(tensor)
+
+
+def to_device_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on a device; the host goes on while it is copied (CUDA only, through pinned memory)."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def check_without_waiting(condition: Tensor, message: str) -> None:
+    """Check a bool scalar where it is: on CUDA the device stops at an assertion, and the host does not wait for it.
+
+    Raises:
+        ValueError: On the CPU, if it is False.
+    """
+    import torch
+
+    if condition.device.type == "cuda":
+        torch.ops.aten._assert_async.msg(condition, message)
+    elif not condition:
+        raise ValueError(message)
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 from nemo_bard.base.import_hooks import AfterImport, put_first
 from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
 from nemo_bard.upstream.card import VISION_PROCESS, CardFinder, add_video_reader
+from nemo_bard.upstream.torch import become
 from nemo_bard.upstream.touched import Touched
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, Qwen3VLConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, Qwen3VLConfig
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 CONFIG_TABLES = "transformers.models.auto.configuration_auto"
@@ -61,6 +62,38 @@ TOUCHED = (
         source="self.config.vision_config.spatial_merge_size",
     ),
     _read(
+        f"{_QWEN}.Qwen3VLTextModel._deepstack_process",
+        reason="overridden: takes indices, since a mask makes the host wait for the number of its elements",
+        until="transformers adds visual features without a boolean index",
+        parameters="self, hidden_states, visual_pos_masks, visual_embeds",
+        source="local_this = hidden_states[visual_pos_masks, :] + visual_embeds",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLModel.forward",
+        reason="overridden: features go to their placeholders by index, not through a mask",
+        until="as _deepstack_process",
+        parameters="self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, pixel_values,"
+        " pixel_values_videos, image_grid_thw, video_grid_thw, mm_token_type_ids, mm_encoder_outputs, **kwargs",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLVisionModel.forward",
+        reason="given what it would compute from the grids, and sequences for the attention of its blocks",
+        until="transformers computes them where the grids are, and has an attention backend on torch's varlen kernel",
+        parameters="self, hidden_states, grid_thw, **kwargs",
+        source="get_vision_attention_seqlens(grid_thw, self.config, kwargs=kwargs)",
+    ),
+    _read(
+        f"{_QWEN}.Qwen3VLVisionAttention.forward",
+        reason="hands keyword arguments on to its backend, which gets the sequences that way",
+        until="as Qwen3VLVisionModel.forward",
+        source="torch.split(tensor, lengths.tolist(), dim=2)",
+    ),
+    _read(
+        "transformers.utils.output_capturing._CAN_RECORD_REGISTRY",
+        reason="a model that becomes one of our classes goes on to give hidden states when asked",
+        until="transformers looks for what a model can record in the classes that it derives from",
+    ),
+    _read(
         f"{_QWEN}.Qwen3VLTextRMSNorm.forward",
         reason="replaced in training by one that keeps less for the backward pass",
         until="transformers keeps no more than that itself",
@@ -96,6 +129,14 @@ def vision_section(config: Qwen3VLConfig) -> Qwen3VLVisionConfig:
 def attn_implementation(config: PreTrainedConfig) -> str | None:
     """The name of the attention backend that a model with this configuration uses."""
     return config._attn_implementation
+
+
+def become_model(model: PreTrainedModel, kind: type[PreTrainedModel]) -> None:
+    """Give a model that is built the methods of a subclass of its class; it can still give hidden states."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    become(model, kind)
+    _CAN_RECORD_REGISTRY[str(kind)] = kind._can_record_outputs
 
 
 def rope_index(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Tensor]]:

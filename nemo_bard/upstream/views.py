@@ -18,10 +18,10 @@ M = TypeVar("M")
 
 
 def view(model: M, attention: str) -> M:
-    """Copy the modules of a model, in evaluation mode and with another attention backend in the language model.
+    """Copy the modules of a model, in evaluation mode and with another attention backend.
 
     Args:
-        model: A transformers model whose ``config`` has a ``text_config``; not modified.
+        model: A transformers model whose ``config`` has a ``text_config`` and may have a ``vision_config``; not modified.
         attention: Name of the backend.
 
     Returns:
@@ -29,11 +29,15 @@ def view(model: M, attention: str) -> M:
         forward replaces one. ``torch.compile`` of the model does not reach the copy.
     """
     root: Any = model
-    text_config = copy.copy(root.config.text_config)
-    text_config._attn_implementation_internal = attention
     config = copy.copy(root.config)
-    config.text_config = text_config
-    return _copy(root, {id(root.config.text_config): text_config, id(root.config): config}, {})
+    configs = {id(root.config): config}
+    for name in ("text_config", "vision_config"):
+        if hasattr(config, name):
+            part = copy.copy(getattr(config, name))
+            part._attn_implementation_internal = attention
+            configs[id(getattr(config, name))] = part
+            setattr(config, name, part)
+    return _copy(root, configs, {})
 
 
 def _copy(module: nn.Module, configs: dict[int, Any], done: dict[int, Any]) -> Any:

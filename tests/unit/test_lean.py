@@ -85,3 +85,9 @@ def test_the_model_has_them_in_its_text_layers(golden_model):
     layer = model.model.language_model.layers[0]
     for module in (layer.mlp, layer.input_layernorm, layer.self_attn.q_norm, model.model.language_model.norm):
         assert "Lean" in type(module).__mro__[1].__name__
+
+
+def test_models_share_the_classes():
+    """A guard on the class of a module holds for the next model, too."""
+    for kind in (Qwen3VLTextRMSNorm, Qwen3VLTextMLP):
+        assert type(pair(kind)[1]) is type(pair(kind)[1])
