@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 GIB = 2**30
-CHUNK_TOKENS = 256  # chunked.DEFAULT_CHUNK_TOKENS, that of GPUs; importing it would import torch
+CHUNK_TOKENS = 1024  # chunked.DEFAULT_CHUNK_TOKENS, that of GPUs; importing it would import torch
 LOGIT_COPIES = 3
 """Logits of a chunk, their log-probabilities and their gradient; cross-entropy alone needs one."""
 

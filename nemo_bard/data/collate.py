@@ -223,6 +223,8 @@ class BlockDiffusionCollator:
         self.keep_bad = False
         """Leave samples that cannot be used out of the batch, which names them in ``rejects``, and what to do about them
         to the recipe, instead of raising ValueError."""
+        self.pixel_dtype = torch.float32
+        """Of ``pixel_values``: what the vision tower computes in, which it would cast them to (the recipe's)."""
         self.lengths_file: Path | None = None
         """Where the lengths that rows were planned with are kept, if they are."""
 
@@ -443,6 +445,7 @@ class BlockDiffusionCollator:
             return _pad([torch.cat([getattr(sample, name) for sample, _ in row]) for row in parts], length, fill)
 
         laid_out = [sample for row in parts for sample, _ in row]
+        pixels = [one.pixel_values.to(self.pixel_dtype) for one in laid_out if one.pixel_values is not None]
         positions = [torch.cat([sample.position_ids for sample, _ in row], 1) for row in parts]
         extra = {} if self.options.anchor_block_size is None else {"anchor_block_ids": rows_of("anchor_block", 0)}
         if self.options.next_token:
@@ -462,6 +465,6 @@ class BlockDiffusionCollator:
             "noise_keys": keys,
             "num_samples": len(keys),
             "rejects": [],
-            "pixel_values": torch.cat([sample.pixel_values for sample in laid_out if sample.pixel_values is not None]),
+            "pixel_values": torch.cat(pixels),
             "image_grid_thw": torch.cat([sample.grid_thw for sample in laid_out if sample.grid_thw is not None]),
         }

@@ -6,6 +6,8 @@ engine's matter (``nemo_bard.generation.engines``), which positions are fixed is
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor
 
 from nemo_bard.generation.engines import Engine
-from nemo_bard.generation.parameters import ENGINES
-from nemo_bard.generation.sampling import Candidates, propose, tokens_per_step
+from nemo_bard.generation.graph import GraphEngine
+from nemo_bard.generation.sampling import draw_seeds, propose, tokens_per_step, uniform_numbers
 from nemo_bard.generation.session import Session
-from nemo_bard.generation.strategies import StepState
+from nemo_bard.generation.steps import BlockState, Proposal, StepOutcome, StepRule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -68,6 +72,12 @@ class Hooks:
     """Called with the new tokens of a finished block, cut at the end of the row (batch of one)."""
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Log a warning, the first time that it is asked for."""
+    logger.warning("%s", text)
+
+
 class Decoder:
     """The loop over blocks and steps for one batch."""
 
@@ -89,13 +99,16 @@ class Decoder:
         """
         self.session, self.prompt, self.settings = session, session.prompt, session.settings
         self.hooks = hooks or Hooks()
-        self.generator = generator
         prompt, settings = self.prompt, self.settings
-        self.engine: Engine = ENGINES.get(settings.given.decode_path)(session)
+        self.engine: Engine = settings.engine(session)
         self.synchronize = synchronize and prompt.input_ids.is_cuda
         self.device = prompt.input_ids.device
         self.quota = tokens_per_step(settings.block_size, settings.denoising_steps)
+        self.rule = StepRule(settings, self.device)
         rows = prompt.input_ids.shape[0]
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        if settings.given.temperature > 0:
+            self.seeds = draw_seeds(rows, self.device, generator)
         self.response = torch.full(
             (rows, settings.num_blocks * settings.block_size), settings.pad_token_id, device=self.device
         )
@@ -103,7 +116,6 @@ class Decoder:
         self.counts = torch.zeros(rows, settings.num_blocks, dtype=torch.int64)
         self.commits = [0] * rows
         self.history: list[StepRecord] = []
-        self.end_ids = torch.tensor(settings.end_ids, dtype=torch.int64, device=self.device)
 
     def run(self) -> DecodeResult:
         """Decode the batch."""
@@ -120,6 +132,8 @@ class Decoder:
         start = self._clock()
         self.session.encode_vision()
         after_vision = self._clock()
+        if isinstance(self.engine, GraphEngine) and self._looks_at_no_step():
+            return self._run_on_device(self.engine, start, after_vision)
         after_prefill = after_vision
         live = list(range(rows))  # rows of the batch that the engine still runs
         going = list(range(rows))  # indices into `live` that have not ended; all of them unless shapes are fixed
@@ -140,7 +154,7 @@ class Decoder:
             if self.engine.separate_commits:
                 for index in going:
                     self.commits[live[index]] += 1
-            if len(going) < len(live) and not settings.compile_step:  # another batch size would be compiled anew
+            if len(going) < len(live) and not getattr(self.engine, "fixed_rows", False):
                 keep = torch.tensor(going, device=self.device)
                 self.engine.select(keep)
                 finished = finished[keep]
@@ -162,6 +176,40 @@ class Decoder:
             history=self.history,
         )
 
+    def _looks_at_no_step(self) -> bool:
+        """Whether nothing on the host is to come between two steps; says so where that makes decoding slower."""
+        reasons = {
+            "output_history": self.settings.given.output_history,
+            "a streamer with put_draft": self.hooks.on_draft is not None,
+            "logits_processor": self.hooks.logits_processor is not None,
+            "stopping_criteria": self.hooks.stopping_criteria is not None,
+            f"remasking_strategy={self.settings.given.remasking_strategy}": not self.settings.strategy.on_device,
+        }
+        found = [reason for reason, applies in reasons.items() if applies]
+        if found and self.settings.compile_step:
+            say_once(f"decoding goes step by step from the host, without CUDA graphs, for {', '.join(found)}")
+        return not found
+
+    def _run_on_device(self, engine: GraphEngine, start: float, after_vision: float) -> DecodeResult:
+        stages = engine.decode(self.seeds, self.hooks.on_block)
+        next(stages)
+        after_prefill = self._clock()
+        response = next(stages)
+        assert response is not None
+        end = self._clock()
+        return DecodeResult(
+            sequences=response.ids[:, : max(response.lengths)],
+            lengths=response.lengths,
+            block_step_counts=response.counts,
+            commit_forwards=self.commits,
+            forwards=engine.forwards,
+            seconds={
+                "vision": after_vision - start,
+                "prefill": after_prefill - after_vision,
+                "decode": end - after_prefill,
+            },
+        )
+
     def _denoise(
         self, block: int, canvas: Tensor, logits: Tensor, positions: Tensor, live: list[int], going: list[int]
     ) -> tuple[Tensor, list[int]]:
@@ -169,78 +217,57 @@ class Decoder:
 
         ``logits`` ``[K, V]`` are those of the first step, at the flat ``positions`` ``[K]`` of ``canvas``.
         """
-        settings = self.settings
-        size, threshold = settings.block_size, settings.given.edit_threshold
-        editing = threshold is not None
         running = torch.zeros(len(live), dtype=torch.bool, device=self.device)
         running[torch.tensor(going, device=self.device)] = True
-        is_masked = running.unsqueeze(1).expand_as(canvas)
-        post_steps = torch.zeros(len(live), dtype=torch.int64, device=self.device)
-        running_rows = going
-        columns = torch.arange(size, device=self.device)
-        step = 0
+        counter = torch.zeros(len(live), dtype=torch.int64, device=self.device)
+        state = BlockState(canvas, running.unsqueeze(1).expand_as(canvas), running, counter, counter)
+        running_rows, step = going, 0
         while True:
-            candidates = self._propose(logits, canvas, positions, live)
-            proposed = canvas.flatten().index_copy(0, positions, candidates.ids).view_as(canvas)
-            confidence = self._scatter(candidates.confidence, positions, canvas, float("-inf"))
-            entropy = None
-            if candidates.entropy is not None:
-                entropy = self._scatter(candidates.entropy, positions, canvas, float("inf"))
-                entropy = entropy.masked_fill(~is_masked, float("inf"))
-            state = StepState(
-                confidence.masked_fill(~is_masked, float("-inf")),
-                entropy,
-                is_masked,
-                self.quota[min(step, len(self.quota) - 1)],
-            )
-            chosen = settings.strategy.fix(state)
-            if settings.given.suppress_mask_token and step + 1 >= settings.denoising_steps:
-                chosen = is_masked  # whatever a strategy leaves, no mask id comes out
-            change = chosen & is_masked & running.unsqueeze(1) & (proposed != settings.mask_token_id)
-            still_masked = is_masked & ~change
-            unfinished = still_masked.any(1)
-            next_running = unfinished & (step + 1 < settings.denoising_steps)
-            if editing:
-                edit = ~is_masked & (proposed != canvas) & (confidence > threshold) & running.unsqueeze(1)
-                edit &= proposed != settings.mask_token_id
-                was_done = ~is_masked.any(1)
-                post_steps = post_steps + (was_done & running)
-                change = change | edit
-                # Revision may go on after the last mask: at first unconditionally, then as long as something changes.
-                again = running & ~unfinished & (post_steps < settings.given.max_post_edit_steps)
-                next_running = next_running | (again & (~was_done | change.any(1)))
-            canvas = torch.where(change, proposed, canvas)
-            if settings.given.output_history:
-                self._record(block, step, live, running_rows, canvas, confidence, change)
-            is_masked = still_masked
-            wanted = (torch.ones_like(is_masked) if editing else is_masked) & next_running.unsqueeze(1)
-            first_end = torch.where(torch.isin(canvas, self.end_ids), columns, size).amin(1)
-            summary = torch.stack([next_running.long(), wanted.sum(1), first_end]).tolist()  # the step's one host sync
+            proposal = self._propose(block, state, logits, positions, live)
+            outcome = self.rule.apply(state, proposal, self.quota[min(step, len(self.quota) - 1)])
+            if self.settings.given.output_history:
+                self._record(block, step, live, running_rows, outcome)
+            state = BlockState(outcome.canvas, outcome.is_masked, outcome.running, state.step + 1, outcome.revisions)
+            wanted = self.rule.wanted(state)
+            # the step's one look at the device
+            summary = torch.stack([state.running.long(), wanted.sum(1), outcome.first_end]).tolist()
             for index in running_rows:
                 self.counts[live[index], block] += 1
             if self.hooks.on_draft is not None:
-                self.hooks.on_draft(torch.where(is_masked, proposed, canvas))
-            running, running_rows = next_running, [i for i, on in enumerate(summary[0]) if on]
+                self.hooks.on_draft(torch.where(state.is_masked, proposal.ids, state.canvas))
+            running_rows = [i for i, on in enumerate(summary[0]) if on]
             if not running_rows:
-                return canvas, summary[2]
+                return state.canvas, summary[2]
             positions = torch.argsort(~wanted.flatten(), stable=True)[: sum(summary[1])]
-            logits = self.engine.step(canvas, positions)
+            logits = self.engine.step(state.canvas, positions)
             step += 1
 
-    def _propose(self, logits: Tensor, canvas: Tensor, positions: Tensor, live: list[int]) -> Candidates:
-        settings = self.settings
+    def _propose(self, block: int, state: BlockState, logits: Tensor, positions: Tensor, live: list[int]) -> Proposal:
+        """Turn logits ``[K, V]`` at flat positions ``[K]`` of the canvas into proposals."""
+        settings, canvas = self.settings, state.canvas
         if settings.given.suppress_mask_token:
             logits[:, settings.mask_token_id] = float("-inf")
         if self.hooks.logits_processor is not None:
             context = self._context(live, canvas)
             logits = self.hooks.logits_processor(context[positions // settings.block_size], logits)
-        return propose(
+        uniform = None
+        if settings.given.temperature > 0:
+            seeds = self.seeds[torch.tensor(live, device=self.device)]
+            number = torch.full_like(seeds, block)
+            uniform = uniform_numbers(seeds, number, state.step, settings.block_size).flatten()[positions]
+        candidates = propose(
             logits,
             temperature=settings.given.temperature,
             top_k=settings.given.top_k,
             top_p=settings.given.top_p,
             with_entropy=settings.strategy.needs_entropy,
-            generator=self.generator,
+            uniform=uniform,
+        )
+        entropy = candidates.entropy
+        return Proposal(
+            canvas.flatten().index_copy(0, positions, candidates.ids).view_as(canvas),
+            self._scatter(candidates.confidence, positions, canvas),
+            None if entropy is None else self._scatter(entropy, positions, canvas),
         )
 
     def _context(self, live: list[int], canvas: Tensor | None = None) -> Tensor:
@@ -250,23 +277,21 @@ class Decoder:
         parts = [self.prompt.input_ids[index], self.response[index, :done]]
         return torch.cat(parts if canvas is None else [*parts, canvas], 1)
 
-    def _scatter(self, values: Tensor, positions: Tensor, canvas: Tensor, fill: float) -> Tensor:
-        full = values.new_full((canvas.numel(),), fill)
-        return full.index_copy(0, positions, values).view_as(canvas)
+    def _scatter(self, values: Tensor, positions: Tensor, canvas: Tensor) -> Tensor:
+        return values.new_zeros(canvas.numel()).index_copy(0, positions, values).view_as(canvas)
 
-    def _record(
-        self, block: int, step: int, live: list[int], running: list[int], canvas: Tensor, conf: Tensor, change: Tensor
-    ) -> None:
+    def _record(self, block: int, step: int, live: list[int], running: list[int], outcome: StepOutcome) -> None:
         index = torch.tensor(running, device=self.device)
-        confidence = conf[index].masked_fill(conf[index].isinf(), float("nan"))
+        confidence = outcome.confidence[index]
+        confidence = confidence.masked_fill(confidence.isinf(), float("nan"))
         self.history.append(
             StepRecord(
                 block=block,
                 step=step,
                 rows=[live[i] for i in running],
-                ids=canvas[index].cpu(),
+                ids=outcome.canvas[index].cpu(),
                 confidence=confidence.float().cpu(),
-                fixed=change[index].cpu(),
+                fixed=outcome.changed[index].cpu(),
             )
         )
 

@@ -3,6 +3,7 @@
 - ``FastEngine``: a cache written in place, the LM head only at the wanted positions, and one forward for the commit of a
   block and the first step of the next one (``[block b clean | block b + 1 masked]`` under the training mask gives exactly
   the numbers of two forwards). The prompt's forward carries the first step of the first block in the same way.
+- ``GraphEngine`` (``nemo_bard.generation.graph``): whole steps on the device, for CUDA.
 - ``PlainEngine``: the oracle. Separate prompt and commit forwards, logits and softmax at every position, and a cache that
   is concatenated anew in every step.
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from nemo_bard.generation.session import MIN_STATIC_CAPACITY, Session
+from nemo_bard.generation.session import BlockCache, Session
 from nemo_bard.method.layout import CONTEXT, NOISY, TokenIds, attention_mask
 
 
@@ -34,6 +35,8 @@ class Engine(Protocol):
     """Whether ``advance`` spends a forward on the commit alone; statistics count it."""
     forwards: int
     """Forwards of the language model so far, the prompt's included."""
+    # An engine may also have ``fixed_rows = True`` (``select`` is never called then) and ``attention``, the name of the backend
+    # that its view of the model has in place of the model's.
 
     def __init__(self, session: Session) -> None: ...
 
@@ -106,11 +109,8 @@ class FastEngine(BlockEngine):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self.capacity = self.committed + self.settings.num_blocks * self.settings.block_size
-        if self.settings.static_cache:
-            self.capacity = max(MIN_STATIC_CAPACITY, 1 << (self.capacity - 1).bit_length())
-        self.cache = session.block_cache(self.capacity)
-        self.text_forward = session.compiled_text()
+        capacity = self.committed + self.settings.num_blocks * self.settings.block_size
+        self.cache = BlockCache(self.model.config.text_config.num_hidden_layers, capacity)
         self.step_mask: Tensor | None = None
 
     def _forward(
@@ -123,19 +123,7 @@ class FastEngine(BlockEngine):
         **kwargs: Any,
     ) -> Tensor:
         self.forwards += 1
-        if self.settings.static_cache and start:
-            self.cache.write_at(start, start + torch.arange(ids.shape[1], device=ids.device))
-            mask = torch.nn.functional.pad(mask, (0, self.capacity - mask.shape[-1]))
-            if self.text_forward is not None:
-                hidden = self.text_forward(
-                    inputs_embeds=self.model.get_input_embeddings()(ids),
-                    attention_mask=mask,
-                    position_ids=positions.contiguous(),
-                    past_key_values=self.cache,
-                )
-                return self.model.lm_head(hidden.flatten(0, 1).index_select(0, wanted))
-        else:
-            self.cache.write_at(start)
+        self.cache.write_at(start)
         return self.model(
             input_ids=ids,
             attention_mask=mask,

@@ -80,7 +80,11 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
 ENGINES: Registry[type] = Registry(
     "decode_path",
     "nemo_bard.engines",
-    {"fast": "nemo_bard.generation.engines.FastEngine", "plain": "nemo_bard.generation.engines.PlainEngine"},
+    {
+        "fast": "nemo_bard.generation.engines.FastEngine",
+        "graph": "nemo_bard.generation.graph.GraphEngine",
+        "plain": "nemo_bard.generation.engines.PlainEngine",
+    },
     check=check_engine,
 )
 """Engines by name; installed packages declare theirs as entry points of ``nemo_bard.engines``."""
@@ -143,15 +147,19 @@ class GenerationSettings:
     pad_token_id: int | None = setting(None, _token_id, "id after the end of a response; null is the first end id")
     bos_token_id: int | None = setting(None, _token_id, "not used by block diffusion")
     decode_path: str = setting(
-        "fast", choice(lambda: ENGINES, dotted=True), "engine: fast, or plain, the slow path that serves as reference"
+        "fast",
+        choice(lambda: ENGINES, dotted=True),
+        "engine: fast (with a static cache that is graph), graph, or plain, the slow path that serves as reference",
     )
     cache_implementation: str | None = setting(
         None,
         choice(CACHE_IMPLEMENTATIONS, optional=True),
-        "dynamic has exact shapes, static fixed ones; null is static on CUDA",
+        "dynamic has exact shapes, static fixed ones, as CUDA graphs need them; null is static on CUDA",
     )
     compile_step: bool | None = setting(
-        None, flag(optional=True), "compile the block forward; needs the static cache; null compiles on CUDA"
+        None,
+        flag(optional=True),
+        "capture steps as CUDA graphs, with compiled kernels; needs the static cache; null is true on CUDA",
     )
     return_dict_in_generate: bool = setting(False, flag(), "return a BardGenerateOutput instead of ids", flag=False)
     return_step_stats: bool = setting(False, flag(), "return (ids, statistics)", flag=False)
@@ -159,7 +167,9 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.compile_step and self.cache_implementation != "static":
+        if self.decode_path == "graph" and self.cache_implementation == "dynamic":
+            raise ValueError("decode_path=graph needs cache_implementation=static or none, got 'dynamic'")
+        if self.compile_step and self.cache_implementation != "static" and self.decode_path != "graph":
             raise ValueError('compile_step=True needs cache_implementation="static"')
         if self.max_post_edit_steps and self.edit_threshold is None:
             raise ValueError(f"max_post_edit_steps={self.max_post_edit_steps} needs edit_threshold in (0, 1]")

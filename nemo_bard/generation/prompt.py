@@ -31,8 +31,15 @@ class Prompt:
     """Block id of the first response block, ``[N]``."""
     next_position: Tensor
     """Position of the first response token, ``[N]``."""
+    block_sizes: list[list[int]]
+    """Tokens of each block of each row."""
     vision: dict[str, Tensor] = field(default_factory=dict)
     """Pixels on the model's device, grids on the CPU."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, padding left out."""
+        return [sum(sizes) for sizes in self.block_sizes]
 
     @property
     def real(self) -> Tensor:
@@ -104,6 +111,7 @@ def prepare_prompt(
     sample = torch.full_like(aligned, PADDING)
     blocks = torch.zeros_like(aligned)
     next_block = torch.zeros(len(rows), dtype=torch.int64)
+    block_sizes: list[list[int]] = []
     for index, row in enumerate(rows):
         size = row.numel()
         row_blocks = context_block_ids(size, find_responses(row, config.assistant_header_ids, end_ids), block_size)
@@ -111,6 +119,7 @@ def prepare_prompt(
         sample[index, width - size :] = 0
         blocks[index, width - size :] = row_blocks
         next_block[index] = row_blocks[-1] + 1
+        block_sizes.append(torch.unique_consecutive(row_blocks, return_counts=True)[1].tolist())
     real = sample != PADDING
     types = ((aligned == config.image_token_id).int() + 2 * (aligned == config.video_token_id).int()) * real
     positions, _ = model.model.get_rope_index(
@@ -136,6 +145,7 @@ def prepare_prompt(
         ids=TokenIds(*(x.to(device) for x in token_ids)),
         next_block=next_block.to(device),
         next_position=next_position.to(device),
+        block_sizes=block_sizes,
         vision=vision,
     )
 

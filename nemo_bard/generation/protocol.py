@@ -29,7 +29,7 @@ class DecodableModel(Protocol):
     def __call__(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         *,
         position_ids: Tensor,
         past_key_values: Any,

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemo_bard.generation.parameters import NO_END, GenerationSettings
+from nemo_bard.generation.parameters import ENGINES, NO_END, GenerationSettings
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list, check_mask_token_id
 from nemo_bard.generation.strategies import Strategy
 
@@ -30,7 +30,7 @@ class DecodeSettings:
     """Ids that end an earlier assistant turn of the prompt."""
     pad_token_id: int
     context_attention: str
-    static_cache: bool
+    engine: type
     compile_step: bool
 
     @property
@@ -67,7 +67,11 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
         if max(ids, default=0) >= vocab_size:
             raise ValueError(f"{name} {max(ids)} is outside the vocabulary, 0 to {vocab_size - 1}")
     on_cuda = model.get_input_embeddings().weight.is_cuda
-    static_cache = (given.cache_implementation or ("static" if on_cuda else "dynamic")) == "static"
+    is_static = "static" in (
+        given.cache_implementation,
+        "static" if on_cuda and not given.cache_implementation else None,
+    )
+    is_static |= given.decode_path == "graph"
     return DecodeSettings(
         given=given,
         strategy=strategy,
@@ -78,8 +82,8 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
         turn_end_ids=tuple(turn_end_ids),
         pad_token_id=pad,
         context_attention=model_config.context_attention,
-        static_cache=static_cache,
-        compile_step=static_cache and (on_cuda if given.compile_step is None else given.compile_step),
+        engine=ENGINES.get("graph" if given.decode_path == "fast" and is_static else given.decode_path),
+        compile_step=is_static and (on_cuda if given.compile_step is None else given.compile_step),
     )
 
 

@@ -26,8 +26,8 @@ class StepState(NamedTuple):
     """Entropy in nats; inf where nothing is masked. None unless the strategy needs it."""
     is_masked: Tensor
     """True where a token is masked."""
-    quota: int
-    """Tokens the even split gives to this step."""
+    quota: int | Tensor
+    """Tokens the even split gives to this step; for a strategy with ``on_device`` also ``[N, 1]`` int64, a number per row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class Strategy(ABC):
     """Whether ``fix`` reads ``StepState.entropy``, which costs a pass over the logits."""
     swept: ClassVar[Mapping[str, Sequence[Any]]] = {}
     """Values that calibration tries for a parameter; without any it tries numbers of steps instead."""
+    on_device: ClassVar[bool] = False
+    """Whether ``fix`` reads no tensor on the host and takes a tensor as quota, so that it can be part of a CUDA graph; without,
+    decoding on CUDA goes step by step from the host."""
+    fixed_steps: ClassVar[bool] = False
+    """Whether every block takes exactly ``denoising_steps`` steps."""
     calibrated: ClassVar[bool] = True
     """Whether calibration tries this strategy unless it is told which ones to try."""
 
@@ -61,6 +66,9 @@ CONFIDENCE_THRESHOLD = "fix every token above this probability, in (0, 1]; the t
 class LowConfidenceStatic(Strategy):
     """Fix the ``quota`` most confident masked tokens."""
 
+    on_device: ClassVar[bool] = True
+    fixed_steps: ClassVar[bool] = True
+
     def fix(self, state: StepState) -> Tensor:
         """See ``Strategy``."""
         return _most_confident(state)
@@ -70,6 +78,7 @@ class LowConfidenceStatic(Strategy):
 class LowConfidenceDynamic(Strategy):
     """Fix every masked token with confidence > threshold; where these are fewer than ``quota``, the most confident."""
 
+    on_device: ClassVar[bool] = True
     swept: ClassVar[Mapping[str, Sequence[Any]]] = {"confidence_threshold": (0.5, 0.7, 0.8, 0.9, 0.95)}
 
     confidence_threshold: float = setting(0.5, fraction(), CONFIDENCE_THRESHOLD)
@@ -90,6 +99,7 @@ class EntropyBound(Strategy):
     """
 
     needs_entropy: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
     swept: ClassVar[Mapping[str, Sequence[Any]]] = {"entropy_bound": (0.05, 0.1, 0.2, 0.4, 0.8)}
     calibrated: ClassVar[bool] = False
 
@@ -103,7 +113,7 @@ class EntropyBound(Strategy):
         values, order = state.entropy.sort(dim=-1, stable=True)
         finite = values.masked_fill(~values.isfinite(), 0.0)
         keep = ((finite.cumsum(-1) - finite) <= self.entropy_bound) & values.isfinite()
-        keep[..., : state.quota] = True
+        keep = keep | (keep.new_ones(keep.shape).long().cumsum(-1) <= state.quota)
         return keep.scatter(-1, order, keep) & state.is_masked
 
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from nemo_bard.model.configuration import BardVLConfig
 
 
+ON_HOST = ("image_grid_thw",)
+"""What of a microbatch stays on the CPU, since the host would have to ask the device for it."""
+
+
 def model_inputs(batch: Mapping[str, Any], config: BardVLConfig) -> dict[str, Any]:
     """Arguments of the forward of a model with this configuration.
 
     Args:
-        batch: A weighed microbatch on the model's device, see ``Objective.weigh``.
+        batch: A weighed microbatch on the model's device, ``ON_HOST`` excepted, see ``Objective.weigh``.
         config: The model's; says how its context attends and which form its masks have.
     """
     return {
@@ -29,7 +33,7 @@ def model_inputs(batch: Mapping[str, Any], config: BardVLConfig) -> dict[str, An
         "attention_mask": make_mask(batch, config),
         "position_ids": batch["position_ids"],
         "pixel_values": batch["pixel_values"],
-        "image_grid_thw": batch["image_grid_thw"],
+        "image_grid_thw": batch["image_grid_thw"].tolist(),  # FSDP moves tensors, and the host needs the grids
         "output_positions": batch["output_positions"],
         "use_cache": False,
     }

@@ -55,6 +55,8 @@ class PBMRecipe(ValidatedTraining):
     """Our values at the top level of the recipe."""
     settings: RecipeSettings
     """Those of this run."""
+    pixel_dtype: torch.dtype
+    """Of the pixels that the collator gives: what the vision tower casts them to."""
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -113,9 +115,13 @@ class PBMRecipe(ValidatedTraining):
         self.bad_samples = BadSamples(
             self.on_bad_sample, Path(self.checkpointer.config.checkpoint_dir), is_main=self.dist_env.is_main
         )
-        for split, loader in (("train", self.dataloader), ("validation", self.val_dataloader)):
+        for split, loader, section in (
+            ("train", self.dataloader, "dataloader"),
+            ("validation", self.val_dataloader, "validation_dataloader"),
+        ):
             if loader is not None:
                 self.bad_samples.guard(split, loader)
+                loader.pin_memory = _pins(raw.get(section) or {}, self.dist_env.device)
         self.num_random_ids = self._random_ids()
         self.num_dropped = 0
         self.noise_of_run = NoiseOfRun(NoiseSchedule.from_dict(noise), is_main=self.dist_env.is_main)
@@ -138,6 +144,7 @@ class PBMRecipe(ValidatedTraining):
             settings["max_row_length"] = self.packing.max_length
         collator: BlockDiffusionCollator = collate(config=self._model_config, **settings)
         collator.keep_bad = True
+        collator.pixel_dtype = self.pixel_dtype
         return collator
 
     def _pack(self, dataset: Any, processor: Any) -> PackedDataset:
@@ -181,6 +188,9 @@ class PBMRecipe(ValidatedTraining):
         if compute == "auto":
             compute = "bfloat16" if has_cuda and torch.cuda.is_bf16_supported() else "float32"
         self.compute_dtype = getattr(torch, compute)
+        # What a policy of the user's makes of the weights is not known here.
+        plain = self.cfg.get("distributed.mp_policy", None) is None
+        self.pixel_dtype = self.compute_dtype if plain else torch.float32
 
     def distributed_setup_of_config(self) -> DistributedSetup:
         """Check the batch sizes and set the compute dtype: FSDP's policy if there are shards, autocast on one rank."""
@@ -265,6 +275,12 @@ class PBMRecipe(ValidatedTraining):
                 super().run_train_validation_loop()
         except ValueError as error:
             raise last_line_of_worker_error(error) from error
+
+
+def _pins(section: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a loader puts its batches where they are copied to the device from while the host goes on."""
+    asked = section.get("pin_memory")
+    return device.type == "cuda" if asked is None else asked
 
 
 def _check_processor(processor: Any) -> None:

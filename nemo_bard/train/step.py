@@ -22,7 +22,7 @@ from nemo_bard.method.objectives import UNIT_TOTALS, Objective, StepTotals, coun
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.train.bad_samples import BadSamples
 from nemo_bard.train.flops import batch_flops, utilisation
-from nemo_bard.train.forward import batch_loss
+from nemo_bard.train.forward import ON_HOST, batch_loss
 from nemo_bard.train.phases import NoiseOfRun
 from nemo_bard.upstream.recipe import VLMRecipe
 
@@ -34,6 +34,8 @@ class TrainingStep(VLMRecipe):
 
     objective: Objective
     """What is minimised."""
+    step_flops: float
+    """Of the step's microbatches on this rank so far."""
     part_sums: list[Tensor]
     """Parts of the losses of the step's microbatches so far, each ``[P]``."""
     noise_of_run: NoiseOfRun
@@ -71,11 +73,12 @@ class TrainingStep(VLMRecipe):
         self._report_dropped(totals)
         started = self.timestamp
         self.part_sums.clear()
+        self.step_flops = 0.0
         weighed = [self.objective.weigh(batch, totals) for batch in batches]
         log_data = super().train_step(weighed, max_grad_norm)
         seconds = max(self.timestamp - started, 1e-9)
         tps = totals.num_tokens / seconds
-        flops = self.sum_over_ranks(torch.tensor(self._step_flops(batches), dtype=torch.float64)).item()
+        flops = self.sum_over_ranks(torch.tensor(self.step_flops, dtype=torch.float64)).item()
         log_data.metrics.update(
             num_samples=totals.num_samples,
             num_loss_tokens=totals.num_loss_tokens,
@@ -100,10 +103,9 @@ class TrainingStep(VLMRecipe):
             return scheduler.max_steps
         return min(scheduler.max_steps, scheduler.num_epochs * scheduler.epoch_len)
 
-    def _step_flops(self, batches: list[dict[str, Any]]) -> float:
-        """FLOPs of this rank's microbatches; adapters need no gradient of the weights."""
-        forward = batch_flops(self._model_config, batches).forward
-        return (3 if self.peft_config is None else 2) * forward
+    def _batch_flops(self, batch: dict[str, Any]) -> float:
+        """FLOPs of training on a microbatch, which is on the CPU; adapters need no gradient of the weights."""
+        return (3 if self.peft_config is None else 2) * batch_flops(self._model_config, [batch]).forward
 
     def _noise_context(self, seed: int, epoch: int, stream: int = 0) -> NoiseContext:
         config = self._model_config
@@ -159,7 +161,7 @@ class TrainingStep(VLMRecipe):
         self, index: int, batch: dict[str, Any], *, losses: list[Tensor], num_batches: int, is_train: bool = True
     ) -> None:
         """Run one weighed microbatch."""
-        batch = self.on_device(batch)
+        moved = self.on_device(batch, stay=ON_HOST)
         model = self.model_parts[0]
         sync = nullcontext()
         if is_train:
@@ -168,12 +170,14 @@ class TrainingStep(VLMRecipe):
         with sync:
             with self.autocast():
                 loss, kept = batch_loss(
-                    model, self._model_config, self.objective, batch, chunk_tokens=self.loss_chunk_tokens
+                    model, self._model_config, self.objective, moved, chunk_tokens=self.loss_chunk_tokens
                 )
             self.part_sums.append(kept.parts())
             losses.append(loss.detach().clone())
             if is_train:
                 (loss * self.num_data_ranks(context_parallel=True)).backward()
+        if is_train:
+            self.step_flops += self._batch_flops(batch)  # while the device works
 
     def _reduced_parts(self) -> list[float]:
         """Parts of the loss, summed over microbatches and ranks."""

@@ -188,9 +188,9 @@ class SWDRecipe(PBMRecipe):
                     module.reshard()  # FSDP keeps some parameters whole for a backward that never comes
         return top
 
-    def _step_flops(self, batches: list[dict[str, Any]]) -> float:
+    def _batch_flops(self, batch: dict[str, Any]) -> float:
         """The student's FLOPs, and one forward of the anchor."""
-        return super()._step_flops(batches) + batch_flops(self.anchor.config, batches).forward
+        return super()._batch_flops(batch) + batch_flops(self.anchor.config, [batch]).forward
 
 
 def _read_loss(section: Mapping[str, Any]) -> DistillationLoss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nemo_bard.upstream import cpu
 from nemo_bard.upstream.automodel import load_config, to_device
+from nemo_bard.upstream.torch import to_device_without_waiting
 
 
 class VLMRecipe(FinetuneRecipeForVLM):
@@ -75,9 +76,21 @@ class VLMRecipe(FinetuneRecipeForVLM):
         """The context in which the forward runs."""
         return self._autocast_context()
 
-    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A microbatch with its tensors on this rank's device."""
-        return {key: to_device(value, self.dist_env.device) for key, value in batch.items()}
+    def on_device(self, batch: Mapping[str, Any], *, stay: Container[str] = ()) -> dict[str, Any]:
+        """A microbatch on this rank's device; the host goes on while its tensors are copied.
+
+        Args:
+            batch: The microbatch; nested tensors are moved, too.
+            stay: Keys of what stays where it is.
+        """
+        device = self.dist_env.device
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return to_device_without_waiting(value, device)
+            return to_device(value, device)
+
+        return {key: value if key in stay else move(value) for key, value in batch.items()}
 
     def _create_distributed_setup(self) -> DistributedSetup:
         cpu.normalise_device(self.dist_env)

@@ -44,6 +44,14 @@ TOUCHED = (
         )
         for name in ("_modules", "_buffers", "_compiled_call_impl")
     ),
+    *(
+        _read(
+            f"torch.nn.Module.{name}",
+            reason="decoding calls modules, in place of its own products, if a user's hooks are on them",
+            until="torch can tell whether a module has hooks",
+        )
+        for name in ("_forward_hooks", "_forward_pre_hooks")
+    ),
     _read(
         "torch.nn.Linear.forward",
         reason="the LM head that Qwen3-VL builds becomes one that takes a function in the place of its product",
@@ -174,3 +182,48 @@ def stop_workers(loader: Any) -> None:
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
     loader._iterator = None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` or anything in it does more than its class says: hooks, or a forward of its own."""
+    return any(
+        one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ or one._compiled_call_impl is not None
+        for one in module.modules()
+    )
+
+
+def own_weight(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer without bias whose weight is one dense tensor of floating point."""
+    from torch import nn
+    from torch.distributed.tensor import DTensor
+
+    if type(module) is not nn.Linear or module.bias is not None:
+        return False
+    return module.weight.is_floating_point() and not isinstance(module.weight, DTensor) and not module.weight.is_meta
+
+
+def join_weights(*modules: nn.Module) -> Tensor:
+    """Make the weights of linear layers one tensor, ``[sum of outputs, inputs]``; the layers keep their parts of it.
+
+    The parameters stay the same objects, with the same values, in other memory. Joined before, they are left alone.
+    """
+    import torch
+
+    weights: list[Any] = [module.weight for module in modules]
+    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
+    first = weights[0].data
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for weight in weights:
+        if (
+            weight.untyped_storage().data_ptr() != storage
+            or weight.storage_offset() != end
+            or not weight.is_contiguous()
+        ):
+            break
+        end += weight.numel()
+    else:
+        return first.as_strided((rows, columns), (columns, 1))
+    joined = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return joined

@@ -93,14 +93,27 @@ class Count:
         self.handle.remove()
 
 
-@pytest.mark.parametrize("path", ["fast", "static"])
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_at_most_one_forward_per_step_and_no_logits_of_the_prompt(case, path, golden_model):
+def test_a_look_every_few_steps_costs_few_forwards(case, golden_model):
+    """On the device commits and the prompt ride on denoising forwards too, and the LM head runs for the block alone."""
+    from nemo_bard.generation.graph import FLAG_STEPS
+
+    arrays = golden_arrays("generate", case["file"])
+    model, size = golden_model(case["model"]), case["settings"]["block_size"]
+    with Count(model.lm_head) as head:
+        output = decode(model, case, arrays, return_dict_in_generate=True, **PATHS["static"])
+    assert head.calls == output.forwards < case["num_denoising_steps"] + FLAG_STEPS
+    assert set(head.rows) == {size}
+    assert output.commit_forwards.tolist() == [0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_at_most_one_forward_per_step_and_no_logits_of_the_prompt(case, golden_model):
     """Commits and the prompt ride on denoising forwards; the LM head runs where a token is masked, nowhere else."""
     arrays = golden_arrays("generate", case["file"])
     model = golden_model(case["model"])
     with Count(model.model.language_model) as text, Count(model.lm_head) as head, Count(model.model.visual) as vision:
-        output = decode(model, case, arrays, return_dict_in_generate=True, **PATHS[path])
+        output = decode(model, case, arrays, return_dict_in_generate=True)
     assert text.calls == output.forwards == case["num_denoising_steps"]
     masked = (arrays["step_input_ids"] == case["settings"]["mask_token_id"]).sum(1)
     assert head.rows == masked.tolist()

@@ -82,7 +82,7 @@ def training_forward(model, context, responses, block_size, noisy_ids, vision):
     return logits, layout
 
 
-def decoding_logits(model, engine_class, context, responses, block_size, noisy_ids, vision, static=False):
+def decoding_logits(model, path, context, responses, block_size, noisy_ids, vision):
     """The same logits from the decoder's engine: each turn has its own prompt, and its clean blocks are committed."""
     from nemo_bard.generation.prompt import prepare_prompt
     from nemo_bard.generation.resolve import resolve_settings
@@ -92,12 +92,7 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
     cursor, found = 0, []
     for start, end in responses:
         blocks = -(-(end - start) // block_size)
-        settings = resolve_settings(
-            model,
-            BardGenerationConfig(
-                max_new_tokens=blocks * block_size, cache_implementation="static" if static else "dynamic"
-            ),
-        )
+        settings = resolve_settings(model, BardGenerationConfig(max_new_tokens=blocks * block_size, decode_path=path))
         prompt = prepare_prompt(
             model,
             {"input_ids": context[:start].unsqueeze(0), **vision},
@@ -106,7 +101,7 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
             end_ids=[END],
         )
         session = Session(model, prompt, settings)
-        engine = engine_class(session)
+        engine = settings.engine(session)
         positions = torch.arange(block_size)
         with torch.no_grad():
             session.encode_vision()
@@ -123,16 +118,14 @@ def decoding_logits(model, engine_class, context, responses, block_size, noisy_i
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("engine_name", ["fast", "static", "plain"])
+@pytest.mark.parametrize("path", ["fast", "graph", "plain"])
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("context_attention", ["block", "causal"])
 @pytest.mark.parametrize("block_size", [4, 8])
 @pytest.mark.parametrize("noise", ["all_masked", "half_masked"])
 def test_training_forward_equals_cached_decoding(
-    noise, block_size, context_attention, image, engine_name, golden_model, vision
+    noise, block_size, context_attention, image, path, golden_model, vision
 ):
-    from nemo_bard.generation.engines import FastEngine, PlainEngine
-
     model = load(golden_model, context_attention, block_size)
     vision = vision if image else {}
     context = conversation(image, [(5, 9), (3, 4), (6, 13)])
@@ -145,10 +138,7 @@ def test_training_forward_equals_cached_decoding(
         visible = torch.rand(clean.shape, generator=torch.Generator().manual_seed(1)) < 0.5
         noisy_ids = torch.where(visible, clean, noisy_ids)
     trained, _ = training_forward(model, context, responses, block_size, noisy_ids, vision)
-    engine_class = PlainEngine if engine_name == "plain" else FastEngine
-    decoded = decoding_logits(
-        model, engine_class, context, responses, block_size, noisy_ids, vision, static=engine_name == "static"
-    )
+    decoded = decoding_logits(model, path, context, responses, block_size, noisy_ids, vision)
     # the plain engine returns log-probabilities
     torch.testing.assert_close(decoded.log_softmax(-1), trained.log_softmax(-1), **TOLERANCE)
 

@@ -103,6 +103,13 @@ class CudaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.elem.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.elem.untyped_storage()
+
+    def set_(self, source: torch.UntypedStorage, *layout: Any) -> CudaTensor:
+        """Gives another tensor, since the shape of this one can not change."""
+        return CudaTensor(self.elem.new_empty(0).set_(source, *layout))
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -402,7 +409,11 @@ def _patches(log: PretendCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_available", lambda: log.available
     yield cuda, "current_device", lambda: 0
     yield cuda, "set_device", lambda device: None
+    yield cuda, "device_count", lambda: 1
     yield cuda, "get_device_capability", lambda device=None: (9, 0)
+    yield cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3"
+    yield cuda, "is_bf16_supported", lambda including_emulation=True: True
+    yield cuda, "max_memory_allocated", lambda device=None: 0
     yield cuda, "synchronize", lambda device=None: log.sync("synchronize")
     yield cuda, "current_stream", lambda device=None: _Stream()
     yield cuda, "stream", lambda stream: _Stream()
@@ -435,6 +446,7 @@ def _patches(log: PretendCuda) -> Iterator[tuple[Any, str, Any]]:
     yield Tensor, "pin_memory", lambda x, device=None: log.pin(x)
     yield Tensor, "is_pinned", lambda x, device=None: log.is_pinned(x)
     yield Tensor, "backward", backward
+    yield torch.autograd, "grad", grad
     yield torch._C, "_current_graph_task_id", lambda: _task[-1] if _task else -1
 
 
@@ -444,15 +456,31 @@ _task: list[int] = []
 
 def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
     """Stands for ``Tensor.backward``: the same nodes in the same order, without the engine, which wants a real device."""
+    _walk(loss, gradient, None)
+
+
+def grad(outputs: Tensor, inputs: Tensor, allow_unused: bool = False) -> tuple[Tensor | None]:
+    """Stands for ``torch.autograd.grad`` of one leaf."""
+    found = _walk(outputs, None, inputs)
+    assert found is not None or allow_unused
+    return (found,)
+
+
+def _walk(loss: Tensor, gradient: Tensor | None, leaf: Tensor | None) -> Tensor | None:
+    """Run backward; with a leaf, give its gradient instead of adding gradients to leaves."""
     assert loss.grad_fn is not None
     order = _topological(loss.grad_fn)
     grads: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss) if gradient is None else gradient}}
+    found = None
     _task.append(id(loss))
     try:
         with torch.no_grad():
             for node in order:
                 given = grads.pop(node, None)
                 if given is None:
+                    continue
+                if leaf is not None and hasattr(node, "variable"):
+                    found = given[0] if node.variable is leaf else found
                     continue
                 made = _apply(node, given)
                 for grad, (after, index) in zip(made, node.next_functions, strict=False):
@@ -462,6 +490,7 @@ def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
                         slots[index] = slots[index] + grad if index in slots else grad
     finally:
         _task.pop()
+    return found
 
 
 def _apply(node: Any, given: dict[int, Tensor]) -> tuple[Tensor | None, ...]:

@@ -231,6 +231,16 @@ def test_overlong_sample_is_dropped_counted_and_logged_or_refused(tiny, caplog):
         collator(tiny, max_length=limit, overlong="error")(samples)
 
 
+def test_pixels_come_in_the_dtype_that_is_asked_for(tiny):
+    make, rows = collator(tiny), [sample(0, [picture(0), text("what?")], "a picture"), sample(1, "hello", "hello you")]
+    plain = [make(examples) for examples in (rows, rows[1:])]
+    make.pixel_dtype = torch.bfloat16
+    for before, after in zip(plain, (make(examples) for examples in (rows, rows[1:])), strict=True):
+        assert before["pixel_values"].dtype == torch.float32
+        assert after["pixel_values"].dtype == torch.bfloat16
+        assert torch.equal(before["pixel_values"].bfloat16(), after["pixel_values"])
+
+
 def test_batch_without_any_sample_still_runs_the_vision_tower(tiny):
     batch = collator(tiny, max_length=1)(mixed_samples())
     assert batch["num_samples"] == 0

@@ -71,7 +71,7 @@ class TestRefused:
                 r"remasking_strategy must be one of low_confidence_static, low_confidence_dynamic, entropy_bound, "
                 r"got 'low_confidence_dynmic' \(did you mean 'low_confidence_dynamic'\?\)",
             ),
-            ({"decode_path": "slow"}, "decode_path must be one of fast, plain, got 'slow'"),
+            ({"decode_path": "slow"}, "decode_path must be one of fast, graph, plain, got 'slow'"),
             ({"suppress_mask_token": "yes"}, "suppress_mask_token must be true or false, got 'yes'"),
             ({"mask_token_id": VOCAB}, "mask_token_id must be a row of the embedding, 0 to 511, got 512"),
             ({"mask_token_id": -1}, "mask_token_id must be a token id >= 0, got -1"),

@@ -140,6 +140,18 @@ def test_backward_gives_the_gradients_of_the_engine() -> None:
             torch.testing.assert_close(parameter.grad.cpu(), want)
 
 
+def test_the_gradient_of_a_leaf_and_memory_that_is_used_again() -> None:
+    with PretendCuda():
+        x, other, memory = CudaTensor(torch.ones(3), requires_grad=True), ones().requires_grad_(), ones()
+        (found,) = torch.autograd.grad((x * 2).sum() * other.sum(), x)
+        assert found.tolist() == [20.0, 20.0, 20.0]
+        assert x.grad is None
+        assert other.grad is None
+        part = memory.new_empty(0).set_(memory.untyped_storage(), 0, (1, 2), (2, 1))
+        torch.mm(ones().view(2, 2)[:1], ones().view(2, 2), out=part)
+        assert memory.tolist() == [7.0, 10.0, 3.0, 4.0]
+
+
 def test_tied_weights_stay_tied() -> None:
     model = nn.ModuleList([nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)])
     model[1].weight = model[0].weight

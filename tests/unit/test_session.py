@@ -14,7 +14,7 @@ PATHS = [
     {},
     {"decode_path": "plain"},
     {"cache_implementation": "static"},
-    {"cache_implementation": "static", "compile_step": False},
+    {"decode_path": "graph", "remasking_strategy": "low_confidence_static"},
 ]
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -78,7 +78,7 @@ def test_inside_and_after_inference_mode(path, golden_model):
     assert torch.equal(model.generate(PROMPT, **SETTINGS, **path), expected)
 
 
-def test_compiled_code_and_its_cache_are_used_again_but_never_by_two_calls(golden_model, monkeypatch):
+def test_what_outlives_a_call_is_used_again_but_never_by_two_calls(golden_model, monkeypatch):
     from nemo_bard.generation import session
     from nemo_bard.generation.prompt import prepare_prompt
     from nemo_bard.generation.resolve import resolve_settings
@@ -86,19 +86,29 @@ def test_compiled_code_and_its_cache_are_used_again_but_never_by_two_calls(golde
 
     model = golden_model("tiny_tied")
     monkeypatch.setattr(session, "POOL", session.Pool())
-    settings = resolve_settings(
-        model, BardGenerationConfig(**SETTINGS, cache_implementation="static", compile_step=True)
-    )
+    settings = resolve_settings(model, BardGenerationConfig(**SETTINGS))
     prompt = prepare_prompt(model, {"input_ids": PROMPT}, block_size=8, max_new_tokens=21, end_ids=[END])
+
+    def borrow(one, size, made_for="same"):
+        return one.borrow(made_for, fits=lambda thing: thing[0] >= size, make=lambda: [size])
+
     one, two = (session.Session(model, prompt, settings) for _ in range(2))
     with one, two:
-        first, second = one.block_cache(512), two.block_cache(512)
+        first, second = borrow(one, 512), borrow(two, 512)
         assert first is not second
-        assert one.compiled_text() is not two.compiled_text()
-        code = {one.compiled_text(), two.compiled_text()}
     with session.Session(model, prompt, settings) as later:
-        assert later.block_cache(512) in (first, second)
-        assert later.compiled_text() in code
+        assert borrow(later, 300) is first  # the last given back
+    with session.Session(model, prompt, settings) as later:
+        assert borrow(later, 1024) == [1024]  # too small ones go
+    with session.Session(model, prompt, settings) as later:
+        third, other = borrow(later, 600), borrow(later, 1, "other")
+        assert (third, other) == ([1024], [1])
+    broken = session.Session(model, prompt, settings)
+    assert borrow(broken, 600) is third
+    broken.__exit__(OSError, OSError(), None)
+    with session.Session(model, prompt, settings) as later:
+        assert borrow(later, 600) is not third  # left half done
+    assert len(session.POOL.idle[model]) <= session.KEPT
 
 
 @pytest.mark.parametrize("ends", [-1, []])

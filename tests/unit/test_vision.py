@@ -203,3 +203,17 @@ def test_what_the_kernel_does_not_take_is_told_once(
 def test_the_kernel_takes_the_heads_of_qwen3_vl(head: int) -> None:
     with PretendCuda():
         assert sequences._why_not_kernel(torch.bfloat16, head, torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
+def test_pixels_in_the_compute_dtype_give_the_same_numbers(stored: torch.dtype) -> None:
+    """The first product rounds them: under autocast, and with the weights that FSDP gathers in bfloat16."""
+    _, model = pair(stored, "bard")
+    inputs = make_inputs(videos=False)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+            found.append(run(model.model, {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
