@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
 from nemo_bard.cost.shapes import SHAPES, make_config
+from nemo_bard.train.forward import ON_HOST
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +83,10 @@ def image_prompt(config: Any, *, rows: int, prompt_tokens: int, image_tokens: in
 
 
 def on_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A batch with its tensors on the device, pixels in the model's dtype; grids stay on the host, which reads them."""
+    """A batch with its tensors on the device, pixels in the model's dtype; what the host reads stays there."""
     return {
         key: value.to(device, dtype if key == "pixel_values" else None)
-        if torch.is_tensor(value) and key != "image_grid_thw"
+        if torch.is_tensor(value) and key not in ON_HOST
         else value
         for key, value in batch.items()
     }

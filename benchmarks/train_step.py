@@ -340,7 +340,7 @@ def measure_on_gpu(args: argparse.Namespace, case: Case, path: str, model: BardV
     try:
         measure = build_step(args, case, path, model)
         runs = [measure("step") for _ in range(args.repeat)]
-        return figures(args, case, runs, measure("look"))
+        return figures(args, case, runs, measure("look") if path.startswith("packed") else {})
     finally:
         model.zero_grad(set_to_none=True)
 

@@ -9,9 +9,7 @@ from test_batch_equals_single import PAD, batch_of
 from test_batch_equals_single import prompts as prompts  # a fixture
 from test_golden_generate import decode, expected_ids
 
-from nemo_bard.generation.parameters import ENGINES
-
-ENGINE = "graph" if "graph" in ENGINES else "fast"
+ENGINE = "graph"
 SETTINGS = {
     "max_new_tokens": 21,  # no multiple of the block size
     "block_size": 8,
@@ -81,7 +79,7 @@ def test_several_models_shapes_and_lengths_in_one_process(device, model_on, prom
         (1, {"block_size": 4, "max_new_tokens": 12}),
         (2, {"block_size": 8, "max_new_tokens": 16}),
         (5, {"block_size": 32, "max_new_tokens": 70, "denoising_steps": 8}),
-        (1, {"block_size": 8, "max_new_tokens": 600, "denoising_steps": 1}),
+        (1, {"block_size": 32, "max_new_tokens": 520, "denoising_steps": 1}),
     ]
     seen = {}
     for turn in range(2):
