@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nemo_bard.generation.prefix import NAME as PREFIX_ATTENTION
+from nemo_bard.generation.prompt_prefix import prompt_prefix
 from nemo_bard.generation.runner import Runner
-from nemo_bard.generation.sequences import prompt_prefix
 from nemo_bard.generation.session import Session
 
 FLAG_STEPS = 4

@@ -216,12 +216,10 @@ def _difference_from_dense(device: torch.device, dtype: torch.dtype, heads: int,
     missing = [name for name in KERNEL_ARGUMENTS if name not in inspect.signature(varlen_attn).parameters]
     if missing:
         raise TypeError(f"torch {torch.__version__} has no {' and no '.join(missing)} in it")
-    source = torch.Generator(device).manual_seed(0)
+    source = torch.Generator().manual_seed(0)
     capacity, rows, width = 64, 2, 8
-    query = torch.randn(rows * width, heads, size, generator=source, device=device).to(dtype)
-    keys, values = (
-        torch.randn(rows * capacity, kv_heads, size, generator=source, device=device).to(dtype) for _ in range(2)
-    )
+    shapes = [(rows * width, heads, size), *[(rows * capacity, kv_heads, size)] * 2]
+    query, keys, values = (torch.randn(shape, generator=source).to(device, dtype) for shape in shapes)
     visible = torch.tensor([[5] * 4 + [9] * 4, [33] * 4 + [64] * 4], device=device)
     columns = torch.zeros_like(visible)
     dense = Prefix(columns=columns, visible=visible, width=capacity, capacity=capacity)

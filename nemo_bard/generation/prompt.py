@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_bard.method.layout import CONTEXT, PADDING, TokenIds, context_block_ids, find_responses
+from nemo_bard.upstream.torch import to_device_without_waiting
 
 if TYPE_CHECKING:
     from nemo_bard.generation.protocol import DecodableModel
@@ -92,7 +93,7 @@ def prepare_prompt(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
         )
     vision = {
-        name: inputs[name].to(device if name.startswith("pixel") else "cpu")
+        name: to_device_without_waiting(inputs[name], device) if name.startswith("pixel") else inputs[name].cpu()
         for name in VISION_KEYS
         if inputs.get(name) is not None
     }
@@ -140,11 +141,11 @@ def prepare_prompt(
     order = torch.arange(width).expand_as(aligned)
     token_ids = TokenIds(sample, torch.full_like(sample, CONTEXT), blocks, order)
     return Prompt(
-        input_ids=aligned.to(device),
-        position_ids=positions.to(device),
-        ids=TokenIds(*(x.to(device) for x in token_ids)),
-        next_block=next_block.to(device),
-        next_position=next_position.to(device),
+        input_ids=aligned.to(device, non_blocking=True),
+        position_ids=positions.to(device, non_blocking=True),
+        ids=TokenIds(*(x.to(device, non_blocking=True) for x in token_ids)),
+        next_block=next_block.to(device, non_blocking=True),
+        next_position=next_position.to(device, non_blocking=True),
         block_sizes=block_sizes,
         vision=vision,
     )

@@ -162,7 +162,8 @@ class Session:
 
     def __init__(self, model: DecodableModel, prompt: Prompt, settings: DecodeSettings) -> None:
         self.prompt, self.settings = prompt, settings
-        self.model = view(model, getattr(settings.engine, "attention", model.decoding_attention))
+        attention = getattr(settings.engine, "attention", None)
+        self.model = view(model, model.decoding_attention, text_attention=attention)
         """The model in evaluation mode with the attention backend of decoding."""
         self._shared = model
         self._borrowed: list[Kept] = []

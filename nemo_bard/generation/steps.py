@@ -72,8 +72,10 @@ class StepRule:
         """
         self.settings = settings
         quotas = tokens_per_step(settings.block_size, settings.denoising_steps)
-        self.quotas = torch.tensor(quotas, device=device)
-        self.ends = torch.tensor(settings.end_ids, dtype=torch.int64, device=device)
+        self.quotas, self.ends = (
+            torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+            for numbers in (quotas, settings.end_ids)
+        )
         self.columns = torch.arange(settings.block_size, device=device)
 
     @property

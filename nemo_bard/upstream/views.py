@@ -17,12 +17,13 @@ from torch import nn
 M = TypeVar("M")
 
 
-def view(model: M, attention: str) -> M:
+def view(model: M, attention: str, *, text_attention: str | None = None) -> M:
     """Copy the modules of a model, in evaluation mode and with another attention backend.
 
     Args:
         model: A transformers model whose ``config`` has a ``text_config`` and may have a ``vision_config``; not modified.
         attention: Name of the backend.
+        text_attention: Another one for the language model.
 
     Returns:
         The copy. Parameters and hooks are the model's own, whatever happens to them; buffers are the same tensors until a
@@ -34,7 +35,7 @@ def view(model: M, attention: str) -> M:
     for name in ("text_config", "vision_config"):
         if hasattr(config, name):
             part = copy.copy(getattr(config, name))
-            part._attn_implementation_internal = attention
+            part._attn_implementation_internal = (text_attention if name == "text_config" else None) or attention
             configs[id(getattr(config, name))] = part
             setattr(config, name, part)
     return _copy(root, configs, {})
