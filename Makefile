@@ -1,4 +1,4 @@
-# make test | test-slurm | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -20,8 +20,9 @@ PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: venv install demo test test-slurm test-chain lint clean
+.PHONY: venv install demo test test-slurm test-chain test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -42,6 +43,12 @@ test-slurm: $(READY) # part of `make test` where Slurm is; needs root and Debian
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
+
+test-gpu: $(READY) # skips, and says so, where there is no CUDA device
+	$(PYTHON) -m pytest -m gpu -rfEs $(PYTEST_ARGS)
+
+bench-gpu: $(READY)
+	$(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -1,21 +1,30 @@
 """One training step: a plain path and ours in one run on the same weights, samples and noise; packed and unpacked.
 
     python benchmarks/train_step.py                                       # the shape `cpu`, float32, length 1538
-    python benchmarks/train_step.py --shape 4b --lengths 2048 8192 --activation-checkpointing   # on a GPU
+    python benchmarks/train_step.py --shape 4b --rows 2048 4096 8192      # on a GPU
 
-The plain path does what the reference implementation does: the whole clean response and its padding are laid out, the
-mask is dense and made on the CPU for each sample, logits are computed in float32 at all positions, one sample at a
-time. Ours is the recipe's own code (``PBMObjective``, ``batch_loss``). All must give the same loss. Without a GPU every path
-lives in a forked process, and its memory is the operating system's peak of that process; on a GPU it is the allocator's.
+A step is the forward and backward of all its samples, without an optimizer. Paths:
+    plain         what the reference implementation does: the whole clean response and its padding are laid out, the mask is
+                  dense and made on the CPU for each sample, logits are computed in float32 at all positions
+    unpacked      the recipe's own code (PBMObjective, batch_loss), one row a sample
+    packed        the same, all samples in one row
+    packed_dense  the same with a dense mask instead of flex_attention's block mask, on a GPU
+All must give the same loss. `--lengths` compares plain and unpacked at one sample of so many tokens, and packed with
+unpacked at several shorter ones; `--rows` compares rows of so many tokens that samples of about `--sample-tokens` fill.
+Without a GPU every path lives in a forked process, and its memory is the operating system's peak of that process; on a GPU
+it is the allocator's.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import statistics
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +34,19 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    Forked,
-    environment,
-    image_prompt,
-    peak_resident_bytes,
-    resident_bytes,
-    table,
-    timed,
-    write_results,
-)
+from _measure import Forked, count_syncs, device_seconds, peak_resident_bytes, resident_bytes, timed
+from _models import add_arguments, bard_config, image_prompt, on_device, random_model
+from _report import Results, Row, attempt, environment, table
 from torch import Tensor
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.cost.count import peak_flops, training_flops
-from nemo_bard.cost.shapes import SHAPES, make_config
+from nemo_bard.cost.count import (
+    DTYPE_BYTES,
+    activation_memory,
+    count_parameters,
+    peak_flops,
+    training_flops,
+)
 from nemo_bard.data.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch
 from nemo_bard.method.layout import PADDING, sample_layout
@@ -50,94 +57,132 @@ from nemo_bard.train.forward import batch_loss
 from nemo_bard.train.masks import FLEX_TILE, dense_mask, uses_flex
 from nemo_bard.upstream import cpu as cpu_compat
 
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative; bfloat16 logits have 8 bits."""
 COLUMNS = {
     "comparison": "comparison|s",
     "path": "path|s",
     "length": "length|d",
+    "samples": "samples|d",
     "block_size": "B|d",
     "positions": "positions|d",
     "ms": "ms/step|.0f",
     "time_ratio": "time x|.2f",
     "supervised_per_second": "sup tok/s|.0f",
     "peak_mib": "peak MiB|.0f",
+    "predicted_mib": "predicted MiB|.0f",
     "memory_ratio": "mem x|.2f",
     "tflops": "TFLOP/s|.3f",
     "mfu": "MFU|.3f",
+    "idle_ms": "idle ms|.1f",
+    "syncs": "syncs|d",
     "loss": "loss|.6f",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Samples of one optimizer step."""
+
+    name: str
+    length: int
+    """Tokens of the longest plain row, or of the packed row."""
+    samples: tuple[tuple[int, int], ...]
+    """Prompt and response tokens of each."""
+    paths: tuple[str, ...]
+    """What is compared; the first one is what the others are compared with."""
+    block_size: int
+    padded: int = 1
+    """A packed row is padded to a multiple of this."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default="4b" if on_gpu else "cpu")
+    add_arguments(parser)
     parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[2048, 4096, 8192] if on_gpu else [1538],
-        help="tokens of a plain row: the prompt and twice the response",
+        "--lengths", nargs="*", type=int, help="tokens of a plain row: the prompt and twice the response; 1538 on a CPU"
     )
+    parser.add_argument("--rows", nargs="*", type=int, help="tokens of packed rows; 2048 4096 8192 on a GPU")
+    parser.add_argument("--sample-tokens", type=int, default=900, help="tokens of a sample of --rows, about")
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[8])
     parser.add_argument("--prompt-tokens", type=int, default=514)
     parser.add_argument("--image-tokens", type=int, default=256, help="image tokens of a prompt; 0 for none")
-    parser.add_argument("--paths", nargs="+", choices=("plain", "ours"), default=["plain", "ours"])
     parser.add_argument(
-        "--packing", type=int, default=4, help="samples of the comparison of packed and unpacked rows; 0 leaves it out"
-    )
-    parser.add_argument(
-        "--attention",
-        choices=("flex", "dense"),
-        default="flex",
-        help="masks of our paths on a GPU: flex_attention's block masks, or dense ones for sdpa; dense on CPU",
+        "--packing", type=int, default=4, help="samples of the comparison beside --lengths; 0 leaves it out"
     )
     parser.add_argument("--loss-chunk-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--repeat", type=int, default=3, help="steps per path, interleaved; the median counts")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, help="result file; default benchmarks/results/train_step_<shape>_<device>.json"
-    )
     args = parser.parse_args(argv)
-    for length in args.lengths:
-        if length < args.prompt_tokens + 4:
-            parser.error(f"--lengths {length} leaves no response behind --prompt-tokens {args.prompt_tokens}")
+    if args.lengths is None and args.rows is None:
+        on_gpu = args.device.startswith("cuda")
+        args.lengths, args.rows = ([], [2048, 4096, 8192]) if on_gpu else ([1538], [])
+    args.lengths, args.rows = args.lengths or [], args.rows or []
+    for length in (*args.lengths, *args.rows):
+        if length < args.prompt_tokens + 2 * max(args.block_sizes):
+            parser.error(f"{length} tokens leave no response behind --prompt-tokens {args.prompt_tokens}")
     return args
 
 
-def bard_config(shape: str, block_size: int) -> BardVLConfig:
-    """Configuration of a shape with random weights; token ids move inside a small vocabulary."""
-    source = make_config(shape)
-    size = source.text_config.vocab_size
-    fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "architectures")}
-    if source.image_token_id >= size:
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        fields.update({name: size - 8 + i for i, name in enumerate(names)})
-    ids = {"mask_token_id": size - 1, "eos_token_id": size - 2, "assistant_header_ids": [1]}
-    return BardVLConfig(**{**fields, **ids}, block_size=block_size)
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    """What the command line asks for."""
+    cases, prompt = [], args.prompt_tokens
+    for block_size in args.block_sizes:
+        for length in args.lengths:
+            sample = (prompt, (length - prompt) // 2)
+            cases.append(
+                Case(
+                    name="plain and ours",
+                    length=length,
+                    samples=(sample,),
+                    paths=("plain", "unpacked"),
+                    block_size=block_size,
+                )
+            )
+        if args.lengths and args.packing:
+            step = (max(args.lengths) - prompt) // args.packing // 2
+            samples = tuple((prompt, step * (index + 1)) for index in range(args.packing))
+            length = prompt + 2 * samples[-1][1]
+            cases.append(
+                Case(
+                    name="packing",
+                    length=length,
+                    samples=samples,
+                    paths=("unpacked", "packed"),
+                    block_size=block_size,
+                )
+            )
+        dense = ("packed_dense",) if args.device.startswith("cuda") else ()
+        for length in args.rows:
+            number = max(1, length // args.sample_tokens)
+            sample = (prompt, (length // number - prompt - block_size) // 2)  # its row fills its share of the length
+            cases.append(
+                Case(
+                    name="rows",
+                    length=length,
+                    samples=(sample,) * number,
+                    paths=("plain", "unpacked", "packed", *dense),
+                    block_size=block_size,
+                    padded=length,
+                )
+            )
+    return cases
 
 
-def make_samples(
-    args: argparse.Namespace, config: BardVLConfig, lengths: list[int], *, plain: bool
-) -> list[TrainingSample]:
-    """Random single-turn samples with a response of ``(length - prompt) // 2`` tokens each."""
+def make_samples(args: argparse.Namespace, config: BardVLConfig, case: Case, *, plain: bool) -> list[TrainingSample]:
+    """Random single-turn samples of a case."""
     collator, samples = BlockDiffusionCollator(None, config), []
-    for index, length in enumerate(lengths):
+    for index, (start, size) in enumerate(case.samples):
         prompt = image_prompt(
-            config, rows=1, prompt_tokens=args.prompt_tokens, image_tokens=args.image_tokens, seed=args.seed + index
+            config, rows=1, prompt_tokens=start, image_tokens=args.image_tokens, seed=args.seed + index
         )
-        size, block = (length - args.prompt_tokens) // 2, config.block_size
+        block = config.block_size
         generator = torch.Generator().manual_seed(args.seed + index)
         text = torch.randint(10, config.vision_start_token_id - 10, (size - 1,), generator=generator)
         end = config.eos_token_id
         padding = -size % block if plain else 0
         ids = torch.cat([prompt["input_ids"][0], text, torch.tensor([end] * (1 + padding))])
-        start, stop = args.prompt_tokens, len(ids)
+        stop = len(ids)
         grid = prompt.get("image_grid_thw")
         positions = collator._positions(ids, {} if grid is None else {"image_grid_thw": grid})
         media = {"sample_index": index, "pixel_values": prompt.get("pixel_values"), "grid_thw": grid}
@@ -162,15 +207,16 @@ def make_samples(
 
 
 def make_batches(
-    args: argparse.Namespace, config: BardVLConfig, path: str, lengths: list[int], *, multiple: int = 1
+    args: argparse.Namespace, config: BardVLConfig, case: Case, path: str, *, tile: int
 ) -> list[dict[str, Any]]:
     """Corrupted and weighed microbatches of one optimizer step: one per sample, or one packed row.
 
-    Rows are padded to a ``multiple``, as the recipe does for flex_attention.
+    Rows are padded to multiples of a ``tile``, as the recipe does for flex_attention.
     """
-    samples = make_samples(args, config, lengths, plain=path == "plain")
-    rows = [samples] if path == "packed" else [[sample] for sample in samples]
-    collator = BlockDiffusionCollator(None, config, pad_to_multiple_of=multiple)
+    samples = make_samples(args, config, case, plain=path == "plain")
+    packed = path.startswith("packed")
+    rows = [samples] if packed else [[sample] for sample in samples]
+    collator = BlockDiffusionCollator(None, config, pad_to_multiple_of=math.lcm(tile, case.padded if packed else 1))
     context = NoiseContext(
         block_size=config.block_size,
         mask_token_id=config.mask_token_id,
@@ -199,47 +245,37 @@ def plain_loss(model: BardVLForConditionalGeneration, batch: dict[str, Any]) -> 
     return (per_token * weight).sum()
 
 
-def build_model(args: argparse.Namespace, config: BardVLConfig, attention: str) -> BardVLForConditionalGeneration:
-    """Random weights that depend on the seed alone."""
-    torch.manual_seed(args.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    try:
-        with torch.device(args.device):
-            model = BardVLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.set_attn_implementation(attention)
+def build_model(args: argparse.Namespace, config: BardVLConfig) -> BardVLForConditionalGeneration:
+    """The model that all paths train."""
+    model = random_model(config, device=torch.device(args.device), dtype=getattr(torch, args.dtype), seed=args.seed)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
 
 
 def build_step(
-    args: argparse.Namespace, path: str, lengths: list[int], block_size: int
-) -> Callable[[str], dict[str, Any]]:
-    """Build model and microbatches of a path, warm up, and return what measures one forward and backward."""
+    args: argparse.Namespace, case: Case, path: str, model: BardVLForConditionalGeneration | None = None
+) -> Callable[[str], Row]:
+    """Build the microbatches of a path (and a model, unless there is one), warm up, and return what measures a step.
+
+    The result takes ``step`` (one forward and backward of all microbatches) or ``look`` (what the host does).
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     if path != "plain":
         cpu_compat.apply()  # as the recipe does
     start = resident_bytes()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    config = bard_config(args.shape, block_size)
-    on_cpu = device.type == "cpu"  # there, the backend `bard` takes dense masks
-    model = build_model(args, config, "bard" if path != "plain" and (on_cpu or args.attention == "flex") else "sdpa")
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    config = bard_config(args.shape, case.block_size)
+    if model is None:
+        model = build_model(args, config)
+    dense = path == "plain" or (on_gpu and path == "packed_dense")
+    model.set_attn_implementation("sdpa" if dense else "bard")  # on a CPU the backend `bard` takes dense masks
     flex = uses_flex(model.config, device)
-    model.config.block_size = block_size
-    batches = make_batches(args, config, path, lengths, multiple=FLEX_TILE if flex else 1)
-    moved = [
-        {
-            key: (value.to(device, dtype) if key == "pixel_values" else value.to(device))
-            if torch.is_tensor(value)
-            else value
-            for key, value in batch.items()
-        }
-        for batch in batches
-    ]
+    model.config.block_size = case.block_size
+    batches = make_batches(args, config, case, path, tile=FLEX_TILE if flex else 1)
+    moved = [on_device(batch, device, getattr(torch, args.dtype)) for batch in batches]
     objective = PBMObjective(BlockDiffusionCrossEntropy())
 
     def loss_of(batch: dict[str, Any]) -> Tensor:
@@ -247,103 +283,130 @@ def build_step(
             return plain_loss(model, batch)
         return batch_loss(model, model.config, objective, batch, chunk_tokens=args.loss_chunk_tokens)[0]
 
-    def step() -> float:
+    def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        total = 0.0
+        losses = []
         for batch in moved:
             loss = loss_of(batch)
             loss.backward()
-            total += float(loss.detach())
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     step()  # warm-up: allocator, threads, compiled code
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
+    longest = max(batch["input_ids"].numel() for batch in batches)
+    images = max(len(batch["image_grid_thw"]) if args.image_tokens else 0 for batch in batches)
     facts = {
         "attention": "flex" if flex else "dense",
         "positions": sum(batch["input_ids"].numel() for batch in batches),
         "real_tokens": sum(int((batch["sample_ids"] != PADDING).sum()) for batch in batches),
         "supervised": sum(len(batch["output_positions"]) for batch in batches),
+        "predicted": predicted_bytes(args, config, longest, images * args.image_tokens, dense=not flex),
     }
 
-    def measure(_: str) -> dict[str, Any]:
+    def measure(what: str) -> Row:
+        if what == "look":
+            return {"syncs": count_syncs(step, device), "busy": device_seconds(step, device)}
         seconds, loss = timed(step, device)
-        on_gpu = device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident_bytes()
-        return {**facts, "seconds": seconds, "loss": loss, "peak": peak, "before": 0 if on_gpu else start}
+        return {**facts, "seconds": seconds, "loss": float(loss), "peak": peak, "before": 0 if on_gpu else start}
 
     return measure
 
 
-def compare(
-    args: argparse.Namespace, name: str, paths: list[str], lengths: list[int], block_size: int
-) -> list[dict[str, Any]]:
-    """Measure paths on the same samples; the first one is what the others are compared with."""
-    on_gpu = torch.device(args.device).type == "cuda"
-    runs: dict[str, list[dict[str, Any]]] = {path: [] for path in paths}
-    if on_gpu:  # one model at a time: two need not fit
-        for path in paths:
-            measure = build_step(args, path, lengths, block_size)
-            runs[path] = [measure("step") for _ in range(args.repeat)]
-            del measure
-            gc.collect()
-            torch.cuda.empty_cache()
-    else:
-        workers = {path: Forked(partial(build_step, args, path, lengths, block_size)) for path in paths}
-        for _ in range(args.repeat):
-            for path, worker in workers.items():
-                runs[path].append(worker.ask("step"))
-        for worker in workers.values():
-            worker.close()
-    config, rows = bard_config(args.shape, block_size), []
-    known_peak = peak_flops(torch.cuda.get_device_name(), args.dtype) if on_gpu else None
-    for path, measured in runs.items():
-        one, seconds = measured[0], statistics.median(run["seconds"] for run in measured)
-        flops = training_flops(
-            config,
-            [(args.prompt_tokens, (length - args.prompt_tokens) // 2) for length in lengths],
-            block_size=block_size,
-            image_tokens=args.image_tokens,
-            supervised=one["supervised"],
-        ).model
-        peak = max(run["peak"] for run in measured)
-        rows.append(
-            {
-                "comparison": name,
-                "path": path,
-                "length": max(lengths),
-                "block_size": block_size,
-                "attention": one["attention"],
-                "positions": one["positions"],
-                "real_tokens": one["real_tokens"],
-                "supervised": one["supervised"],
-                "ms": 1000 * seconds,
-                "all_ms": [1000 * run["seconds"] for run in measured],
-                "supervised_per_second": one["supervised"] / seconds,
-                "peak_mib": peak / 2**20,
-                "peak_above_start_mib": (peak - one["before"]) / 2**20,
-                "tflops": flops / seconds / 1e12,
-                "mfu": flops / seconds / known_peak if known_peak else None,
-                "loss": one["loss"],
-            }
-        )
-        rows[-1]["time_ratio"] = rows[-1]["ms"] / rows[0]["ms"]
-        rows[-1]["memory_ratio"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
-    check_losses(rows, args.dtype)
-    print(table(rows, COLUMNS), flush=True)  # noqa: T201
-    print(flush=True)  # noqa: T201
+def predicted_bytes(
+    args: argparse.Namespace, config: BardVLConfig, tokens: int, image_tokens: int, *, dense: bool
+) -> float:
+    """Peak memory of a microbatch by ``nemo_bard.cost``: ``weights + max(activations + head gradient, gradients)``.
+
+    Weights and gradients have the benchmark's dtype; the sum of the LM head's gradient is float32.
+    """
+    width, parameters = DTYPE_BYTES[args.dtype], count_parameters(config)
+    activations = activation_memory(
+        config,
+        tokens=tokens,
+        image_tokens=image_tokens,
+        width=width,
+        checkpointing=args.activation_checkpointing,
+        dense_mask=dense,
+    )
+    head = 4 * (parameters.head or parameters.embedding)
+    return width * parameters.total + max(activations.total + head, width * parameters.total)
+
+
+def measure_on_gpu(args: argparse.Namespace, case: Case, path: str, model: BardVLForConditionalGeneration) -> Row:
+    """Steps of one path on a model that all paths share."""
+    try:
+        measure = build_step(args, case, path, model)
+        runs = [measure("step") for _ in range(args.repeat)]
+        return figures(args, case, runs, measure("look") if path.startswith("packed") else {})
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def measure_forked(args: argparse.Namespace, case: Case) -> list[Row]:
+    """Interleaved steps of all paths, each in a process of its own."""
+    workers = {path: Forked(partial(build_step, args, case, path)) for path in case.paths}
+    runs: dict[str, list[Row]] = {path: [] for path in case.paths}
+    for _ in range(args.repeat):
+        for path, worker in workers.items():
+            runs[path].append(worker.ask("step"))
+    for worker in workers.values():
+        worker.close()
+    return [{**labels(case, path), **figures(args, case, runs[path], {})} for path in case.paths]
+
+
+def labels(case: Case, path: str) -> Row:
+    """What tells a row apart."""
+    return {
+        "comparison": case.name,
+        "path": path,
+        "length": case.length,
+        "samples": len(case.samples),
+        "block_size": case.block_size,
+    }
+
+
+def figures(args: argparse.Namespace, case: Case, runs: list[Row], looked: Row) -> Row:
+    """The figures of a row from its measured steps."""
+    one, seconds = runs[0], statistics.median(run["seconds"] for run in runs)
+    config, device = bard_config(args.shape, case.block_size), torch.device(args.device)
+    flops = training_flops(
+        config,
+        case.samples,
+        block_size=case.block_size,
+        image_tokens=args.image_tokens,
+        supervised=one["supervised"],
+    ).model
+    peak = max(run["peak"] for run in runs)
+    known = peak_flops(torch.cuda.get_device_name(device), args.dtype) if device.type == "cuda" else None
+    busy = looked.get("busy")
+    return {
+        **{key: one[key] for key in ("attention", "positions", "real_tokens", "supervised", "loss")},
+        "ms": 1000 * seconds,
+        "all_ms": [1000 * run["seconds"] for run in runs],
+        "supervised_per_second": one["supervised"] / seconds,
+        "peak_mib": peak / 2**20,
+        "peak_above_start_mib": (peak - one["before"]) / 2**20,
+        "predicted_mib": one["predicted"] / 2**20,
+        "tflops": flops / seconds / 1e12,
+        "mfu": flops / seconds / known if known else None,
+        "syncs": looked.get("syncs"),
+        "idle_ms": None if busy is None else 1000 * max(seconds - busy, 0.0),
+    }
+
+
+def relate(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
+    """Add how each row stands to the first one that ran; a row with another loss has failed."""
+    ran = [row for row in rows if "ms" in row]
+    for row in ran:
+        row["time_ratio"] = row["ms"] / ran[0]["ms"]
+        row["memory_ratio"] = row["peak_mib"] / ran[0]["peak_mib"]
+        expected = ran[0]["loss"]
+        if abs(row["loss"] - expected) > LOSS_TOLERANCE[args.dtype] * max(1.0, abs(expected)):
+            row["failed"] = f"loss {row['loss']:.6f}, but {ran[0]['path']} has {expected:.6f} on the same noise"
     return rows
-
-
-def check_losses(rows: list[dict[str, Any]], dtype: str) -> None:
-    """End the program unless all paths give the same loss (relative 1e-4 in float32, 2e-2 in bfloat16)."""
-    tolerance = LOSS_TOLERANCE if dtype == "float32" else 2e-2  # bfloat16 logits have 8 bits
-    for row in rows[1:]:
-        if abs(row["loss"] - rows[0]["loss"]) > tolerance * max(1.0, abs(rows[0]["loss"])):
-            raise SystemExit(
-                f"error: the paths {rows[0]['path']} and {row['path']} gave different losses on the same noise:"
-                f" {rows[0]['loss']:.6f} and {row['loss']:.6f}"
-            )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -356,9 +419,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, key, title in zip(axes, ("ms", "peak_mib"), ("ms per step", "peak memory, MiB"), strict=True):
         for name in sorted({(row["path"], row["block_size"]) for row in rows}, reverse=True):
-            line = sorted((row["length"], row[key]) for row in rows if (row["path"], row["block_size"]) == name)
+            same = [row for row in rows if (row["path"], row["block_size"]) == name]
+            line = sorted((row["length"], row[key]) for row in same)
             axis.plot(*zip(*line, strict=True), marker="o", label=f"{name[0]}, B = {name[1]}")
-        axis.set(xlabel="tokens of a plain row", ylabel=title, ylim=(0, None))
+        axis.set(xlabel="tokens of a row", ylabel=title, ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
@@ -366,30 +430,40 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and report."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure and report; 1 if a row failed."""
     args = parse_args(argv)
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    rows, packing = [], []
-    for block_size in args.block_sizes:
-        for length in args.lengths:
-            rows += compare(args, "plain and ours", args.paths, [length], block_size)
-        if args.packing:
-            step = (max(args.lengths) - args.prompt_tokens) // args.packing // 2 * 2
-            shorter = [args.prompt_tokens + step * (index + 1) for index in range(args.packing)]
-            packing += compare(args, "packing", ["unpacked", "packed"], shorter, block_size)
-    payload = {
-        **environment(torch.device(args.device), getattr(torch, args.dtype)),
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    cases = make_cases(args)
+    facts = {
+        **environment(device, getattr(torch, args.dtype)),
         **{key: getattr(args, key) for key in ("shape", "prompt_tokens", "image_tokens", "loss_chunk_tokens")},
         "activation_checkpointing": args.activation_checkpointing,
-        "memory": "allocator" if args.device.startswith("cuda") else "VmHWM of a process per path",
-        "rows": rows + packing,
+        "memory": "allocator" if on_gpu else "VmHWM of a process per path",
     }
-    path = write_results(f"train_step_{args.shape}_{torch.device(args.device).type}", args.output, payload)
-    plot(rows, path.with_suffix(".png"))
-    print(f"written to {path} and {path.with_suffix('.png')}")  # noqa: T201
+    results = Results(f"train_step_{args.shape}_{device.type}", args.output, COLUMNS, facts)
+    model = build_model(args, bard_config(args.shape, cases[0].block_size)) if on_gpu else None
+    for case in cases:
+        if model is None:
+            rows = measure_forked(args, case)
+        else:
+            rows = []
+            for path in case.paths:
+                rows.append(attempt(labels(case, path), partial(measure_on_gpu, args, case, path, model)))
+                gc.collect()
+                torch.cuda.empty_cache()
+        rows = relate(args, rows)
+        results.add(*rows)
+        sys.stdout.write(f"{table(rows, COLUMNS)}\n\n")
+        sys.stdout.flush()
+    picture = results.path.with_suffix(".png")
+    plot([row for row in results.rows if "ms" in row and row["comparison"] != "packing"], picture)
+    sys.stdout.write(f"written to {results.path} and {picture}\n")
+    return int(any("failed" in row for row in results.rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,20 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have measured and told with ``record_property("measured", line)``."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, line in getattr(report, "user_properties", ()):
+                if name == "measured" and report.when == "teardown":
+                    terminalreporter.write_line(f"measured: {line}")
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return GOLDEN
