@@ -38,7 +38,7 @@ from _common import (
 from torch import Tensor
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.cost.estimate import peak_flops, training_flops
+from nemo_bard.cost.count import peak_flops, training_flops
 from nemo_bard.cost.shapes import SHAPES, make_config
 from nemo_bard.data.collate import BlockDiffusionCollator, TrainingSample, lay_out_sample
 from nemo_bard.method.corruption import NoiseContext, corrupt_batch

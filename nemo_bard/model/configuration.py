@@ -68,7 +68,7 @@ class BardVLConfig(Qwen3VLConfig):
         Raises:
             ValueError: If the configuration has no block size, or no response fits.
         """
-        from nemo_bard.cost.estimate import training_flops
+        from nemo_bard.cost.count import training_flops
 
         if config.block_size is None:
             raise ValueError("flops_formula needs a configuration with block_size")

@@ -13,6 +13,7 @@ from nemo_bard.base.folders import read_model_type, read_object
 from nemo_bard.base.names import MODEL_TYPE
 from nemo_bard.base.registry import import_dotted
 from nemo_bard.base.settings import check_keys
+from nemo_bard.cost.sharding import check_replicas, node_replicas
 from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, SWDObjective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
@@ -21,6 +22,9 @@ from nemo_bard.train.settings import DistillationSettings, PackingSettings, Reci
 
 BACKENDS = ("auto", "nccl", "gloo")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
+REPLICAS_KEY = "distributed.dp_replicate_size"
+ONE_PER_NODE = "auto"
+"""As ``distributed.dp_replicate_size``."""
 SINGLE_SIZES = ("tp_size", "pp_size", "cp_size", "ep_size")
 
 
@@ -81,6 +85,10 @@ def _check_distributed(section: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"distributed.{key} must be 1 (block masks are not split over ranks), got {section[key]!r}"
             )
+    replicas = section.get("dp_replicate_size")
+    is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
+    if replicas not in (None, ONE_PER_NODE) and not is_count:
+        raise ValueError(f"{REPLICAS_KEY} must be {ONE_PER_NODE}, null or an integer >= 1, got {replicas!r}")
 
 
 def _check_optimizer(section: Mapping[str, Any]) -> None:
@@ -132,6 +140,24 @@ def check_batch_sizes(global_batch_size: int, local_batch_size: int, ranks: int)
             f"step_scheduler.global_batch_size={global_batch_size} must be divisible by"
             f" step_scheduler.local_batch_size={local_batch_size} times {ranks} data-parallel rank(s)"
         )
+
+
+def replicas_of(distributed: Mapping[str, Any], ranks: int, ranks_per_node: int) -> int:
+    """Copies of the model, each sharded over equally many ranks, that ``distributed.dp_replicate_size`` asks for.
+
+    Args:
+        distributed: The recipe's section; without the key, or with null, all ranks share one copy.
+        ranks: All ranks.
+        ranks_per_node: Those of a node; with ``auto`` every node has a copy, see ``node_replicas``.
+
+    Raises:
+        ValueError: If the ranks cannot be divided so.
+    """
+    replicas = distributed.get("dp_replicate_size") or 1
+    if replicas == ONE_PER_NODE:
+        return node_replicas(ranks, ranks_per_node)
+    check_replicas(REPLICAS_KEY, replicas, ranks)
+    return replicas
 
 
 def _check_model(section_name: str, section: Mapping[str, Any]) -> None:

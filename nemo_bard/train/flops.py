@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_bard.cost.estimate import Flops, peak_flops, row_flops
+from nemo_bard.cost.count import Flops, peak_flops, row_flops
 from nemo_bard.method.layout import CONTEXT, PADDING
 
 if TYPE_CHECKING:

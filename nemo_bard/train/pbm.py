@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNo
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train.adapters import export_merged
 from nemo_bard.train.bad_samples import BadSamples, without_checks
-from nemo_bard.train.config import check_ar_loss, check_batch_sizes, validate_recipe
+from nemo_bard.train.config import REPLICAS_KEY, check_ar_loss, check_batch_sizes, replicas_of, validate_recipe
 from nemo_bard.train.masks import FLEX_TILE, uses_flex
 from nemo_bard.train.phases import NoiseOfRun
 from nemo_bard.train.settings import PackingSettings, RecipeSettings
@@ -183,12 +184,18 @@ class PBMRecipe(ValidatedTraining):
         self.compute_dtype = getattr(torch, compute)
 
     def distributed_setup_of_config(self) -> DistributedSetup:
-        """Check the batch sizes and set the compute dtype: FSDP's policy if there are shards, autocast on one rank."""
+        """Check the batch sizes, and set what depends on the ranks.
+
+        That is the number of replicas, and the compute dtype: FSDP's policy if there are shards, autocast on one rank.
+        """
+        ranks = self.dist_env.world_size
         check_batch_sizes(
-            self.cfg.get("step_scheduler.global_batch_size"),
-            self.cfg.get("step_scheduler.local_batch_size"),
-            self.dist_env.world_size,
+            self.cfg.get("step_scheduler.global_batch_size"), self.cfg.get("step_scheduler.local_batch_size"), ranks
         )
+        replicas = replicas_of(
+            _section(self.cfg, "distributed") or {}, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+        self.cfg.set_by_dotted(REPLICAS_KEY, replicas)
         setup = super().distributed_setup_of_config()
         strategy = setup.strategy_config
         assert isinstance(strategy, FSDP2Config)
@@ -196,7 +203,7 @@ class PBMRecipe(ValidatedTraining):
             strategy.mp_policy = MixedPrecisionPolicy(
                 param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        if self.dist_env.world_size == 1 and self.compute_dtype != torch.float32:
+        if ranks == 1 and self.compute_dtype != torch.float32:
             strategy.autocast_dtype = self.compute_dtype
         return setup
 

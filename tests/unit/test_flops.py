@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_bard import BardVLConfig, BardVLForConditionalGeneration
-from nemo_bard.cost.estimate import row_tokens
+from nemo_bard.cost.count import row_tokens
 from nemo_bard.cost.shapes import make_config
 from nemo_bard.method.layout import PADDING, TokenIds, attention_mask, sample_layout
 from nemo_bard.train.flops import batch_flops, count_pairs

@@ -15,18 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLForConditionalGeneration
 
 from nemo_bard.cli.app import main
-from nemo_bard.cost.estimate import (
+from nemo_bard.cost.count import (
     CHUNK_TOKENS,
-    PlanSettings,
     activation_memory,
     count_parameters,
-    make_plan,
     one_process_peak,
     peak_flops,
     row_tokens,
     training_flops,
     visible_pairs,
 )
+from nemo_bard.cost.estimate import PlanSettings, make_plan
 from nemo_bard.cost.shapes import SHAPES, make_config
 from nemo_bard.method.chunked import DEFAULT_CHUNK_TOKENS
 from nemo_bard.method.layout import TokenIds, attention_mask, sample_layout
@@ -84,8 +83,8 @@ def test_flops_are_what_torch_counts():
 
 
 def test_sharding_divides_the_states_and_checkpointing_the_activations():
-    one = make_plan(PlanSettings(model="4b", gpus=64))
-    two = make_plan(PlanSettings(model="4b", gpus=128, activation_checkpointing=True))
+    one = make_plan(PlanSettings(model="4b", gpus=64, dp_replicate_size=1))
+    two = make_plan(PlanSettings(model="4b", gpus=128, dp_replicate_size=1, activation_checkpointing=True))
     for part in ("weights", "gradients", "optimizer"):
         assert two.memory[part] == one.memory[part] / 2
     assert two.memory["activations, text"] < one.memory["activations, text"] / 4
