@@ -127,7 +127,7 @@ class Pipeline:
             checks.check_run_dir(self.job)
             checks.check_chain(self.job)
             checks.check_world(self.job, self.world.size)
-        self._held.enter_context(locked(self.job.run_dir))
+            self._held.enter_context(locked(self.job.run_dir))
         take_run_dir(self.job)
 
     def run_train_validation_loop(self) -> int:

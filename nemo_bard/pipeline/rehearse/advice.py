@@ -109,8 +109,8 @@ def _stage(stage: StageFindings, recipe: Mapping[str, Any], found: Findings) -> 
     replicas = (recipe.get("distributed") or {}).get("dp_replicate_size")
     if len(found.nodes) > 1 and found.ranks > len(found.nodes) and (replicas or 1) == 1:
         lines.append(
-            f"weights are gathered across nodes: overrides.distributed.dp_replicate_size={len(found.nodes)} keeps that"
-            " inside a node, where the model fits one"
+            "weights are gathered across nodes: overrides.distributed.dp_replicate_size=auto keeps that inside a node, if"
+            " the model fits one"
         )
     every = recipe["step_scheduler"].get("ckpt_every_steps")
     if stage.save_seconds and stage.step_seconds and every:

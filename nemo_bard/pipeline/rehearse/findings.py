@@ -151,7 +151,6 @@ def trained(
     rows: Rows,
     nodes: Sequence[str],
     seconds: float,
-    **more: Any,
 ) -> StageFindings:
     """Put together what the ranks measured of a training stage.
 
@@ -162,7 +161,6 @@ def trained(
         rows: What is known of its rows.
         nodes: The node of each rank.
         seconds: The rehearsal of the stage took.
-        **more: Further fields of ``StageFindings``.
     """
     last = [one.steps[-1] for one in told]
     scale = facts.microbatches / facts.rehearsed
@@ -193,7 +191,6 @@ def trained(
         resumed=len(told[0].steps) > 1,
         max_steps=facts.max_steps,
         days=days,
-        **more,
     )
 
 

@@ -80,7 +80,7 @@ def _machines(found: Findings) -> list[str]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{max(digits, 2) if digits and abs(value) < 1 else digits}f}"
 
 
 def _time(days: float) -> str:

@@ -45,8 +45,20 @@ class Rows:
     """Longest row that is trained on: a packed row is full."""
     typical: float | None
     """Mean length of a sample's row."""
-    typical_vision: float
-    """Mean number of vision tokens of a sample."""
+    longest_sample: SampleShape | None
+    """What the longest row is made of; with packing, a typical sample."""
+    typical_sample: SampleShape | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleShape:
+    """Tokens of a sample, as a ``plan`` asks for them."""
+
+    prompt_tokens: int
+    """Everything that is no response."""
+    image_tokens: int
+    """Those of images and videos among them."""
+    response_tokens: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,15 @@ def choose(
     everything = np.concatenate([part.heavy, part.random])
     first = -(-samples // 2)
     if part.sizes is None:
-        known = Rows(total=part.total, measured=0, too_long=0, longest=None, typical=None, typical_vision=0.0)
+        known = Rows(
+            total=part.total,
+            measured=0,
+            too_long=0,
+            longest=None,
+            typical=None,
+            longest_sample=None,
+            typical_sample=None,
+        )
         return _cycled(everything, samples + min(EXTRA, len(everything))), known
     assert block_size is not None
     collate, packed = recipe["dataloader"]["collate_fn"], (recipe.get("packing") or {}).get("max_length")
@@ -129,15 +149,18 @@ def choose(
     lengths = part.sizes.row_lengths(block_size, turns=collate.get("turns", "all"), options=options)
     unknown, fits = lengths >= UNKNOWN_LENGTH, lengths <= longest
     at_random = np.arange(len(everything)) >= len(part.heavy)
-    typical = lengths[fits & at_random] if (fits & at_random).any() else lengths[fits]
+    typical = np.flatnonzero(fits & at_random if (fits & at_random).any() else fits)
     vision = part.sizes.vision_tokens(block_size, options=options)
+    top = lengths[fits].max() if fits.any() else None
+    mean = _shape(part.sizes, vision, typical)
     facts = Rows(
         total=part.total,
         measured=len(everything),
         too_long=int((~fits & ~unknown).sum()),
-        longest=int(packed or lengths[fits].max()) if fits.any() else None,
-        typical=float(typical.mean()) if len(typical) else None,
-        typical_vision=float(vision[fits].mean()) if fits.any() else 0.0,
+        longest=None if top is None else int(packed or top),
+        typical=float(lengths[typical].mean()) if len(typical) else None,
+        longest_sample=mean if packed else _shape(part.sizes, vision, np.flatnonzero(fits & (lengths == top))),
+        typical_sample=mean,
     )
     by_length = everything[np.argsort(np.where(fits, -lengths, 0), kind="stable")]
     long = _cycled(by_length[: max(min(first, int(fits.sum())), 1)], first)
@@ -147,6 +170,21 @@ def choose(
     if packed and facts.typical:
         count = math.ceil(1.2 * samples * packed / facts.typical)
     return [*long, *_cycled(rest, min(count, MOST))], facts
+
+
+def _shape(sizes: SampleSizes, vision: np.ndarray, samples: np.ndarray) -> SampleShape | None:
+    """The mean shape of some samples, None for none."""
+    if not len(samples):
+        return None
+    spans = sizes.responses.astype(np.int64)
+    responses = np.add.reduceat(spans[:, 1] - spans[:, 0], sizes.response_edges[:-1])[samples].mean()
+    whole = spans[sizes.response_edges[1:] - 1, 1][samples].mean()
+    prompt = max(round(whole - responses), 1)
+    return SampleShape(
+        prompt_tokens=prompt,
+        image_tokens=min(round(vision[samples].mean()), prompt),
+        response_tokens=max(round(responses), 1),
+    )
 
 
 def row_options(recipe: Mapping[str, Any], anchor_block_size: int | None) -> RowOptions:

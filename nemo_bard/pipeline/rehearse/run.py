@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import platform
 import secrets
@@ -15,9 +14,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, one_line
+from nemo_bard.base.errors import EXIT_USER_ERROR
 from nemo_bard.base.files import write_json
 from nemo_bard.data.readers import open_dataset
 from nemo_bard.launch.exits import EXIT_PREEMPTED
@@ -32,7 +32,9 @@ from nemo_bard.pipeline.rehearse.derive import (
     rehearsal_job,
     rehearsed_stage,
 )
+from nemo_bard.pipeline.rehearse.failures import explain
 from nemo_bard.pipeline.rehearse.findings import Findings, StageFindings
+from nemo_bard.pipeline.rehearse.predict import Machine, Prediction, predict
 from nemo_bard.pipeline.rehearse.probes import OK, probe_files, probe_network
 from nemo_bard.pipeline.rehearse.report import render
 from nemo_bard.pipeline.rehearse.rows import Measured as Part
@@ -40,9 +42,7 @@ from nemo_bard.pipeline.rehearse.rows import Rows, choose, measure_part
 from nemo_bard.pipeline.rehearse.watch import Measured, Watcher, device_name, has_cuda, memory_gib
 from nemo_bard.pipeline.world import Preempted, World
 from nemo_bard.report.run import write_report
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+from nemo_bard.train.recipe_file import translate
 
 
 def beside(run_dir: Path, ending: str) -> Path:
@@ -90,10 +90,18 @@ class Rehearsal:
             self.found.network = probe_network(self.world)
             for stage in self.real.stages:
                 if isinstance(stage, RecipeStage):
-                    self.facts[stage.name] = rehearsed_stage(stage, self.world.size, None)
+                    seconds = self.world.on_main(lambda stage=stage: self._step_seconds(stage))
+                    self.facts[stage.name] = rehearsed_stage(stage, self.world.size, seconds)
             self.job = rehearsal_job(self.real, self.scratch, self.facts)
             self.world.on_main(lambda: [stage.check(self.job) for stage in self.job.stages] and None)
         return self.job
+
+    def _step_seconds(self, stage: RecipeStage) -> float | None:
+        """Time of a real step before anything is measured; None if nothing is known of the model yet."""
+        source = self.real.model.source
+        if stage.block_size is None or source is None or not Path(source).is_dir():
+            return None
+        return predict(translate(stage.recipe), Path(source), None, rows=None, machine=self._machine()).step_seconds
 
     def _look(self) -> None:
         """Check the real chain, and probe the file system."""
@@ -157,19 +165,25 @@ class Rehearsal:
             size = self.world.on_main(lambda: folder_gib(stage.export))
             self.found.stages.append(StageFindings(name=stage.name, seconds=time.monotonic() - begin, export_gib=size))
             return True
-        rows = self.world.on_main(lambda: self._choose(stage, facts))
+        rows, expected = self.world.on_main(lambda: self._choose(stage, facts))
         if not self._train_twice(stage, run_stage):
             return False
         checkpoint, export = self.world.on_main(lambda: self._weigh(stage))
         told = self.world.gather(self._measured)
         seconds = time.monotonic() - begin
-        sizes = {"checkpoint_gib": checkpoint, "export_gib": export}
         if any(not one.steps for one in told):  # a recipe whose steps cannot be followed
-            self.found.stages.append(StageFindings(name=stage.name, seconds=seconds, rows=rows, **sizes))
+            found = StageFindings(name=stage.name, seconds=seconds, rows=rows)
         else:
-            self.found.stages.append(
-                findings.trained(stage.name, told, facts, rows=rows, nodes=self._nodes, seconds=seconds, **sizes)
+            found = findings.trained(stage.name, told, facts, rows=rows, nodes=self._nodes, seconds=seconds)
+        self.found.stages.append(
+            replace(
+                found,
+                checkpoint_gib=checkpoint,
+                export_gib=export,
+                predicted_memory_gib=expected.memory_gib,
+                predicted_step_seconds=expected.step_seconds,
             )
+        )
         return True
 
     def _train_twice(self, stage: Stage, run_stage: Callable[[Stage], bool]) -> bool:
@@ -194,15 +208,15 @@ class Rehearsal:
         if steps != list(range(STEPS)):
             raise ValueError(f"stage {stage.name} did not go on after a preemption: it logged the steps {steps}")
 
-    def _choose(self, stage: Stage, facts: Rehearsed) -> Rows:
-        """Write which samples the stage reads; rank 0."""
+    def _choose(self, stage: Stage, facts: Rehearsed) -> tuple[Rows, Prediction]:
+        """Write which samples the stage reads, and say what is expected of it; rank 0."""
         recipe = facts.recipe
         key = json.dumps([recipe["dataset"], stage.block_size is None], default=str)
+        start = Path(self.job.input_path(stage.inputs["init"]))
+        anchor = None if "anchor" not in stage.inputs else Path(self.job.input_path(stage.inputs["anchor"]))
         if key not in self._parts:
-            start = Path(self.job.input_path(stage.inputs["init"]))
             self._parts[key] = measure_part(recipe, start, stage.block_size)
-        anchor = stage.inputs.get("anchor")
-        size = None if anchor is None else self._block_size(anchor)
+        size = None if anchor is None else json.loads((anchor / "config.json").read_text())["block_size"]
         indices, rows = choose(
             self._parts[key], recipe, stage.block_size, anchor_block_size=size, samples=facts.samples
         )
@@ -211,12 +225,13 @@ class Rehearsal:
             section = {k: value for k, value in recipe["validation_dataset"].items() if k != "chat_template"}
             count = min(len(open_dataset(section, validate=False)), facts.local_batch_size * self.world.size)
             write_json(indices_file(self.scratch, stage.name, "validation"), list(range(count)))
-        return rows
+        return rows, predict(recipe, start, anchor, rows=rows, machine=self._machine())
 
-    def _block_size(self, anchor: str) -> int | None:
-        if anchor in self.job.names:
-            return self.job.stage(anchor).block_size
-        return json.loads((Path(anchor) / "config.json").read_text())["block_size"]
+    def _machine(self) -> Machine:
+        found = self.found
+        return Machine(
+            found.device, found.memory_gib, ranks=found.ranks, ranks_per_node=found.ranks // len(found.nodes)
+        )
 
     def _weigh(self, stage: Stage) -> tuple[float, float]:
         """Sizes of a checkpoint and of the export; the checkpoints make room for those of the next stage."""
@@ -273,29 +288,16 @@ class Rehearsal:
         return True
 
     def _explain(self, error: Exception) -> str | None:
-        """What a user needs to know of an error; None if it is no user's to mend."""
-        import torch
-
-        where = "" if self._stage is None else f"stage {self._stage}: "
-        words = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            isinstance(error, RuntimeError) and any(word in words for word in NO_MEMORY)
-        ):
-            rank = self.world.rank
-            facts = None if self._stage is None else self.facts.get(self._stage)
-            lower = "" if facts is None else f"; change {advice.less_memory(facts.recipe, self.world.size)}"
-            return f"{where}out of memory on rank {rank} (node {platform.node()}) {self._when()}{lower}"
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            return f"{where}disk too small: {error.strerror} in {self.scratch.parent}; make room or lower keep_last"
-        return one_line(error) if isinstance(error, USER_ERRORS) else None
-
-    def _when(self) -> str:
-        measured = self._measured
-        if len(measured.steps) == STEPS:
-            return "after training"
-        if measured.row_length is None:
-            return "before the first step"
-        return f"in step {len(measured.steps) + 1} of {STEPS} with rows of {measured.row_length} tokens"
+        facts = None if self._stage is None else self.facts.get(self._stage)
+        lower = "" if facts is None else advice.less_memory(facts.recipe, self.world.size)
+        return explain(
+            error,
+            stage=self._stage,
+            measured=self._measured,
+            rank=self.world.rank,
+            lower=lower,
+            folder=self.scratch.parent,
+        )
 
     def close(self) -> None:
         """Remove the scratch folder."""

@@ -182,7 +182,8 @@ class Recorder:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs where it finds no GPU
             from torch.profiler import ProfilerActivity, profile
 
-            self.profile = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+            kinds = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+            self.profile = profile(activities=kinds, acc_events=True)  # or it warns that events could be lost
 
     def __enter__(self) -> Recorder:
         if self.profile is not None:
