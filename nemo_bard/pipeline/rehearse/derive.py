@@ -107,11 +107,10 @@ def _overrides(facts: Rehearsed, scratch: Path) -> dict[str, Any]:
         "ckpt_every_steps": 1,
         "global_batch_size": facts.samples // STEPS,
     }
-    own: dict[str, Any] = {
-        "step_scheduler": steps,
-        "dataset": _chosen(recipe, "dataset", indices_file(scratch, facts.name)),
-        "dataloader": {"shuffle": False},  # the longest rows come first
-    }
+    own: dict[str, Any] = {"step_scheduler": steps}
+    if recipe.get("dataset"):
+        own["dataset"] = _chosen(recipe, "dataset", indices_file(scratch, facts.name))
+        own["dataloader"] = {"shuffle": False}  # the longest rows come first
     if recipe.get("validation_dataset"):
         steps["val_every_steps"] = STEPS
         own["validation_dataset"] = _chosen(

@@ -69,7 +69,7 @@ class StageFindings:
     checkpoint_gib: float | None = None
     export_gib: float | None = None
     resumed: bool = False
-    """Whether the second step came after a preemption."""
+    """Whether it was stopped after its first step, and went on."""
     max_steps: int | None = None
     """Optimizer steps of the real stage."""
     days: float | None = None
@@ -103,7 +103,7 @@ class Findings:
     @property
     def days(self) -> float | None:
         """To the end of the real chain; None if it cannot be told."""
-        days = [stage.days for stage in self.stages if stage.resumed]
+        days = [stage.days for stage in self.stages if stage.checkpoint_gib is not None]
         known = [value for value in days if value is not None]
         return sum(known) if known and len(known) == len(days) else None
 
@@ -148,7 +148,7 @@ def trained(
     told: Sequence[Measured],
     facts: Rehearsed,
     *,
-    rows: Rows,
+    rows: Rows | None,
     nodes: Sequence[str],
     seconds: float,
 ) -> StageFindings:
@@ -188,7 +188,6 @@ def trained(
         waiting=None if lost is None or slow else max(lost) / max(step.whole_seconds for step in last),
         slow_rank=slow,
         save_seconds=save,
-        resumed=len(told[0].steps) > 1,
         max_steps=facts.max_steps,
         days=days,
     )

@@ -34,8 +34,8 @@ def render(found: Findings) -> str:
     lines += ["", *_machines(found)]
     if resumed := [stage.name for stage in found.stages if stage.resumed]:
         lines.append(f"resume    {', '.join(resumed)}: stopped after the first step, went on from its checkpoint")
-    total = "unknown, a stage has no max_steps" if found.days is None else _time(found.days)
-    lines += [f"time      {total} to the end of the chain, without evaluation"]
+    total = "unknown" if found.days is None else f"{_time(found.days)} to the end of the chain, without evaluation"
+    lines += [f"time      {total}"]
     if found.changes:
         lines += ["", "change", *(f"  - {line}" for line in found.changes)]
     return "\n".join(lines) + "\n"

@@ -75,7 +75,7 @@ class Rehearsal:
         self._nodes: list[str] = []
         self._parts: dict[str, Part] = {}
         self._stage: str | None = None
-        self._measured = Measured()
+        self._measured, self._resumed = Measured(), False
 
     # ------------------ before ------------------
     def prepare(self) -> Job:
@@ -156,7 +156,7 @@ class Rehearsal:
 
     def _rehearse(self, stage: Stage, run_stage: Callable[[Stage], bool]) -> bool:
         """One stage, and what was found of it; False if a signal came from outside."""
-        self._stage, self._measured = stage.name, Measured()
+        self._stage, self._measured, self._resumed = stage.name, Measured(), False
         begin = time.monotonic()
         facts = self.facts.get(stage.name)
         if facts is None:
@@ -178,6 +178,7 @@ class Rehearsal:
         self.found.stages.append(
             replace(
                 found,
+                resumed=self._resumed,
                 checkpoint_gib=checkpoint,
                 export_gib=export,
                 predicted_memory_gib=expected.memory_gib,
@@ -198,7 +199,7 @@ class Rehearsal:
                 self.world.watchers.clear()
             if not stop or any(self.world.gather(watcher.stopped_from_outside or not watcher.saved)):
                 return False
-            self.world.stop.received = False
+            self.world.stop.received, self._resumed = False, True
         self.world.on_main(lambda: self._check_steps(stage))
         return True
 
@@ -208,9 +209,11 @@ class Rehearsal:
         if steps != list(range(STEPS)):
             raise ValueError(f"stage {stage.name} did not go on after a preemption: it logged the steps {steps}")
 
-    def _choose(self, stage: Stage, facts: Rehearsed) -> tuple[Rows, Prediction]:
+    def _choose(self, stage: Stage, facts: Rehearsed) -> tuple[Rows | None, Prediction]:
         """Write which samples the stage reads, and say what is expected of it; rank 0."""
         recipe = facts.recipe
+        if not recipe.get("dataset"):
+            return None, Prediction()
         key = json.dumps([recipe["dataset"], stage.block_size is None], default=str)
         start = Path(self.job.input_path(stage.inputs["init"]))
         anchor = None if "anchor" not in stage.inputs else Path(self.job.input_path(stage.inputs["anchor"]))
