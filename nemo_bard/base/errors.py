@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 """What wrong input raises; the command line shows these as one line."""
 EXIT_USER_ERROR = 2
+
+
+class RunError(RuntimeError):
+    """Ends a run although the input is right, such as a process that is gone: one line, exit code 1, worth a new try."""
+
+
+@contextlib.contextmanager
+def system_errors_of(what: str) -> Iterator[None]:
+    """Turn what the system refuses inside (a full disk, a read-only one) into an error of ``what`` that a user mends.
+
+    Raises:
+        ValueError: For every OSError that is not in ``USER_ERRORS``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, USER_ERRORS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise ValueError(f"{what}: {error.strerror or one_line(error)}{where}") from error
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:

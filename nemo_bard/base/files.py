@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -18,35 +19,56 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 LOCK_WAIT_SECONDS = 20.0
 """Workers of the data loaders of a killed run notice its end within seconds; they hold the lock until then."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system without ``flock`` answers, such as Lustre mounted without it."""
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system answers that cannot bring a file or folder onto the disk when asked; network ones often do not."""
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all, and onto the disk."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
+    """Write JSON whole or not at all; arguments as ``write_text``."""
+    write_text(path, json.dumps(value, indent=2) + "\n", durable=durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside ``path``, flush it to the disk and rename it."""
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file beside ``path`` and rename it.
+
+    Args:
+        path: The file; its folder is made if needed.
+        text: What it is to hold.
+        durable: Wait until it is on the disk. Without, a crash of the machine may leave the old file, or an empty one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                _sync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
+
+
+def _sync(handle: int) -> None:
+    """Bring an open file or folder onto the disk, where the file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names in a folder onto the disk."""
+    """Bring the names in a folder onto the disk, where the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     finally:
         os.close(handle)
 
@@ -58,7 +80,7 @@ def sync_tree(path: Path) -> None:
             continue
         handle = os.open(entry, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            _sync(handle)
         finally:
             os.close(handle)
 
@@ -84,6 +106,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; the lock goes with the process, however it ends.
 
+    On a file system without locks a line says that nothing keeps another run out.
+
     Raises:
         ValueError: If another run holds it.
     """
@@ -101,14 +125,23 @@ def locked(run_dir: Path) -> Iterator[None]:
                     file.seek(0)
                     raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
                 time.sleep(0.5)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(
+                    "run_dir %s is on a file system without locks (%s): see to it yourself that no other run uses it",
+                    run_dir,
+                    error.strerror,
+                )
+                break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
 
 
-def is_locked(run_dir: Path) -> bool:
-    """Whether a run on this machine holds the directory now."""
+def is_locked(run_dir: Path) -> bool | None:
+    """Whether a run on this machine holds the directory now; None where the file system has no locks."""
     import fcntl
 
     try:
@@ -118,6 +151,10 @@ def is_locked(run_dir: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
     return False
 
 

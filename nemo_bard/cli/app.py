@@ -12,10 +12,12 @@ import os
 import sys
 
 from nemo_bard import __version__
-from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, one_line
+from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, RunError, one_line
 from nemo_bard.cli.commands import COMMANDS
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.ENAMETOOLONG)
+"""What will be refused again."""
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -58,16 +60,19 @@ def main(argv: list[str] | None = None) -> int:
         return forward([sys.argv[0], *argv]) or 0
     try:
         return run_command(argv)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, RunError) as error:
         if os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         sys.stderr.write(f"error: {rank}{one_line(error)}\n")
-        return EXIT_USER_ERROR
+        return 1 if isinstance(error, RunError) else EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in FULL_DISK or os.environ.get("NEMO_BARD_DEBUG") == "1":
+        if error.errno not in (*FULL_DISK, *READ_ONLY) or os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
         where = f" ({error.filename})" if error.filename else ""
+        if error.errno in READ_ONLY:
+            sys.stderr.write(f"error: {error.strerror}{where}\n")
+            return EXIT_USER_ERROR
         sys.stderr.write(f"error: {error.strerror}{where}; make room and run the same command again\n")
         return 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.base.errors import one_line, short
+from nemo_bard.data.checks import check_samples
 from nemo_bard.data.conversation import media_of, open_media, parse_record
-
-logger = logging.getLogger(__name__)
 
 _PROGRESS_BYTES = 256 * 1024 * 1024
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -29,6 +27,7 @@ class JsonlDataset:
         path: File of one JSON object a line, see ``parse_record``.
         root_dir: Folder that relative image paths start from; the file's folder if None.
         validate: Check every line at start: JSON, structure, and that each image exists and has a readable header.
+            Recipes put that off, deal it out over their ranks and do it once (``data.checks``).
         limit: Use the first ``limit`` lines only; all if None.
 
     Raises:
@@ -52,7 +51,7 @@ class JsonlDataset:
         if len(self) == 0:
             raise ValueError(f"data set file {self.path} holds no line")
         if validate:
-            self._validate()
+            check_samples(self, self.path.name)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -69,6 +68,17 @@ class JsonlDataset:
     def peek(self, index: int) -> dict[str, Any]:
         """Read one line as ``__getitem__`` does, but of its images the headers alone: they know their ``size``."""
         return self._read(index, header_only=True)
+
+    def check(self, index: int) -> None:
+        """Check the structure of a line, and that its images exist and have a readable header.
+
+        Raises:
+            ValueError: If they do not; the message names ``file:line``.
+        """
+        conversation, _ = self._parse(index)
+        with self._naming(index):
+            for media in media_of(conversation):
+                media.check()
 
     def fingerprint(self) -> str:
         """A text that changes with the file (name, size, time and lines), the folder of its images, and ``limit``."""
@@ -119,14 +129,6 @@ class JsonlDataset:
             raise ValueError(f"{self._where(index)}: the file cannot be read ({one_line(error)})") from error
         with self._naming(index):
             return parse_record(load_json(line), self.root_dir)
-
-    def _validate(self) -> None:
-        for index in tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="line", disable=None, delay=2):
-            conversation, _ = self._parse(index)
-            with self._naming(index):
-                for media in media_of(conversation):
-                    media.check()
-        logger.info("%s: %d conversations, all checked", self.path, len(self))
 
 
 def make_jsonl(

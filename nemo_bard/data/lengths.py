@@ -9,18 +9,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from nemo_bard.base.errors import one_line
 from nemo_bard.data.collate import BlockDiffusionCollator, Outline
+from nemo_bard.data.ranks import Ranks, deal_out
 from nemo_bard.data.rejects import ERRORS
 from nemo_bard.method.layout import PLAIN_ROW, RowOptions
 from nemo_bard.upstream.transformers import vision_section
@@ -31,7 +28,6 @@ FORMAT = 1
 """Version of the file; part of its name."""
 UNKNOWN_LENGTH = 2**30
 """Length of the response of a sample that could not be measured: it fits into no row."""
-_CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +61,27 @@ class SampleSizes:
             media=join(media),
         )
 
+    @classmethod
+    def join(cls, parts: list[SampleSizes]) -> SampleSizes:
+        """Put the sizes of successive parts of a data set together."""
+
+        def edges(name: str) -> np.ndarray:
+            counts = [np.diff(getattr(part, name)) for part in parts]
+            return np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+
+        return cls(
+            response_edges=edges("response_edges"),
+            responses=np.concatenate([part.responses for part in parts]),
+            media_edges=edges("media_edges"),
+            media=np.concatenate([part.media for part in parts]),
+        )
+
     def __len__(self) -> int:
         return len(self.response_edges) - 1
+
+    def has_unknown(self) -> bool:
+        """Whether there is a sample that could not be measured."""
+        return bool((self.responses[:, 1] >= UNKNOWN_LENGTH).any())
 
     def _kept(self, block_size: int) -> np.ndarray:
         """Context tokens that are laid out, ``[n]`` (``layout.sample_layout``)."""
@@ -119,30 +134,20 @@ class SampleSizes:
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); delete it") from error
 
 
-class _Chunks(Dataset[list[Outline]]):
-    """Outlines of ``_CHUNK`` samples each, for a data loader's workers."""
+class _Outliner:
+    """From the number of a sample to its outline."""
 
     def __init__(self, dataset: Any, collator: BlockDiffusionCollator, *, drop_bad: bool) -> None:
-        self.dataset, self.collator, self.drop_bad = dataset, collator, drop_bad
+        self.collator, self.drop_bad = collator, drop_bad
         self.read = getattr(dataset, "peek", dataset.__getitem__)
 
-    def __len__(self) -> int:
-        return -(-len(self.dataset) // _CHUNK)
-
-    def __getitem__(self, index: int) -> list[Outline]:
-        return [self._outline(i) for i in range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.dataset)))]
-
-    def _outline(self, index: int) -> Outline:
+    def __call__(self, index: int) -> Outline:
         try:
             return self.collator.outline(self.read(index))
-        except ERRORS as error:
+        except ERRORS:
             if self.drop_bad:
                 return Outline([(0, UNKNOWN_LENGTH)], [])
-            raise ValueError(one_line(error)) from error
-
-
-def _as_it_is(value: list[Outline]) -> list[Outline]:
-    return value
+            raise
 
 
 def last_line_of_worker_error(error: ValueError) -> ValueError:
@@ -154,7 +159,12 @@ def last_line_of_worker_error(error: ValueError) -> ValueError:
 
 
 def measure(
-    dataset: Any, collator: BlockDiffusionCollator, *, num_workers: int = 0, drop_bad: bool = False
+    dataset: Any,
+    collator: BlockDiffusionCollator,
+    *,
+    num_workers: int = 0,
+    drop_bad: bool = False,
+    ranks: Ranks | None = None,
 ) -> SampleSizes:
     """Measure every sample of a data set.
 
@@ -162,31 +172,27 @@ def measure(
         dataset: Sized and map-style. If it has ``peek(index)``, that is read instead of an item: the same with images
             that know their ``size`` only.
         collator: What will lay the samples out.
-        num_workers: Processes that measure.
+        num_workers: Processes of each rank that measure.
         drop_bad: Give a sample that cannot be used a response of ``UNKNOWN_LENGTH`` instead of raising.
+        ranks: Who shares the work; this process alone if None.
 
     Returns:
         The sizes, in the data set's order.
 
     Raises:
         ValueError: If a sample cannot be trained on; names it.
+        RunError: As ``Ranks.exchange``.
     """
-    chunks = _Chunks(dataset, collator, drop_bad=drop_bad)
-    loader = DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
-    outlines: list[Outline] = []
-    progress = tqdm(total=len(dataset), desc="measuring samples", unit="sample", disable=None, delay=2)
-    with progress:
-        for chunk in _reraised(iter(loader)):
-            outlines += chunk
-            progress.update(len(chunk))
-    return SampleSizes.from_outlines(outlines)
-
-
-def _reraised(items: Iterator[list[Outline]]) -> Iterator[list[Outline]]:
-    try:
-        yield from items
-    except ValueError as error:
-        raise last_line_of_worker_error(error) from error
+    outline = _Outliner(dataset, collator, drop_bad=drop_bad)
+    parts = deal_out(
+        outline,
+        len(dataset),
+        join=SampleSizes.from_outlines,
+        ranks=ranks,
+        num_workers=num_workers,
+        doing="measuring samples",
+    )
+    return SampleSizes.join(parts)
 
 
 def measured_once(
@@ -196,35 +202,49 @@ def measured_once(
     *,
     num_workers: int = 0,
     drop_bad: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[SampleSizes, Path | None]:
     """``measure``, or what an earlier call wrote into ``cache_dir`` for the same data set and processor.
 
     Args:
         dataset: With ``fingerprint()``, a text that changes with its samples; without, nothing is kept.
         collator: See ``measure``.
-        cache_dir: Folder of the files; made if needed.
+        cache_dir: Folder of the files; made if needed, read and written by the first rank only.
         num_workers: See ``measure``.
-        drop_bad: Likewise.
+        drop_bad: Likewise. Without, a file in which samples could not be measured does not count.
+        ranks: Likewise.
 
     Returns:
         The sizes, and their file (None if nothing is kept).
 
     Raises:
-        ValueError: As ``measure``, and if the file cannot be read or holds another number of samples.
+        ValueError: As ``measure``, and if the file cannot be read or written, or holds another number of samples.
+        RunError: As ``Ranks.exchange``.
     """
+    ranks = ranks or Ranks()
     if not hasattr(dataset, "fingerprint"):
-        logger.warning("%s has no fingerprint(): its samples are measured at every start", type(dataset).__name__)
-        return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad), None
-    path = cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz"
-    if path.is_file():
-        sizes = SampleSizes.load(path)
-        if len(sizes) != len(dataset):
-            raise ValueError(f"{path} holds {len(sizes)} samples, the data set {len(dataset)}; delete the file")
+        if ranks.rank == 0:
+            name = type(dataset).__name__
+            logger.warning("%s has no fingerprint(): its samples are measured at every start", name)
+        return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks), None
+    doing = "reading measured lengths"
+    path = ranks.on_first(lambda: cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz", doing)
+    sizes = ranks.on_first(lambda: _kept_sizes(path, len(dataset)), doing)
+    if sizes is not None and (drop_bad or not sizes.has_unknown()):
         return sizes, path
-    sizes = measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad)
-    sizes.save(path)
+    sizes = measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
+    ranks.on_first(lambda: sizes.save(path), "writing measured lengths")
     logger.info("lengths of %d samples written to %s", len(sizes), path)
     return sizes, path
+
+
+def _kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
+    if not path.is_file():
+        return None
+    sizes = SampleSizes.load(path)
+    if len(sizes) != num_samples:
+        raise ValueError(f"{path} holds {len(sizes)} samples, the data set {num_samples}; delete the file")
+    return sizes
 
 
 def _key(fingerprint: str, collator: BlockDiffusionCollator) -> str:

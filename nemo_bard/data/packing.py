@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.data.lengths import UNKNOWN_LENGTH, measured_once
+from nemo_bard.data.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def pack_dataset(
     shuffle: bool,
     num_workers: int = 0,
     drop_bad: bool = False,
+    ranks: Ranks | None = None,
 ) -> PackedDataset:
     """Measure a data set (or read its lengths from a file) and plan its rows.
 
@@ -175,6 +177,7 @@ def pack_dataset(
         seed: See ``plan_packs``.
         shuffle: See ``plan_packs``.
         num_workers: Processes that measure.
+        ranks: See ``lengths.measure``.
         drop_bad: Deal samples that cannot be measured out among the rows, as too long ones, instead of raising.
 
     Returns:
@@ -183,7 +186,7 @@ def pack_dataset(
     Raises:
         ValueError: If a sample cannot be trained on, none fits, or one is too long with ``overlong: error``.
     """
-    sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad)
+    sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
     block, options = collator.block_size, collator.options
     lengths = sizes.row_lengths(block, turns=collator.turns, options=options)
     vision = sizes.vision_tokens(block, options=options)

@@ -5,6 +5,9 @@ A reader is anything that can be called and returns a sized, map-style data set.
 its samples: lengths are measured once), ``peek(index)`` (an item whose images need to know their ``size`` only),
 ``describe(index)`` (``source`` and ``id`` for the list of rejected samples) and ``score`` (how answers are compared). A
 reader may have ``input_files(**settings)``, which names the files that it will read.
+
+All ranks of a recipe open their data sets at the same time, so that opening has to be quick: a data set that checks its
+samples has ``check(index)`` and calls ``data.checks.check_samples`` at its end, which a recipe deals out over its ranks.
 """
 
 from __future__ import annotations

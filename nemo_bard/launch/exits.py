@@ -12,6 +12,8 @@ PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1")
 FORWARDED_SIGNALS = "SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT"
 JOB_FILES = "NEMO_BARD_JOB"
 """Environment variable of a job that goes on by itself: what its files' names begin with."""
+NODES = "NEMO_BARD_NODES"
+"""Environment variable of a job on several nodes: ``name=address`` of each, the one where all meet first."""
 FAILURES, COMPLETE = ".failures", ".complete"
 """Ends of the names of its files: goes that have failed since the last checkpoint, a line each; the chain is complete."""
 

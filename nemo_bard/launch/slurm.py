@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nemo_bard.base.errors import EXIT_USER_ERROR, nearest
 from nemo_bard.base.settings import Check, check_settings, flag, integer, setting
-from nemo_bard.launch.exits import COMPLETE, EXIT_PREEMPTED, FAILURES, FORWARDED_SIGNALS, JOB_FILES
+from nemo_bard.launch.exits import COMPLETE, EXIT_PREEMPTED, FAILURES, FORWARDED_SIGNALS, JOB_FILES, NODES
 from nemo_bard.launch.launchers import Launcher, LaunchSettings
 
 SIGNAL_SLACK_SECONDS = 60
@@ -72,8 +72,9 @@ class SlurmSettings(LaunchSettings):
     nodes: int = setting(1, integer(), "--nodes")
     gpus_per_node: int | None = setting(None, integer(optional=True), "--gpus-per-node")
     cpus_per_task: int | None = setting(
-        None, integer(optional=True), "--cpus-per-task; a task is a node's torchrun with all its processes"
+        None, integer(optional=True), "--cpus-per-task; a task is a node's torchrun with all its processes; null: all"
     )
+    exclusive: bool = setting(True, flag(), "--exclusive --mem=0: whole nodes; false needs cpus_per_task")
     partition: str | None = setting(None, _name(), "null: the cluster's default, if it has one")
     account: str | None = setting(None, _name(), "--account")
     time: str | None = setting(
@@ -95,7 +96,9 @@ class SlurmSettings(LaunchSettings):
     setup: list[str] = setting(factory=list, check=_LINES, help="lines of bash before the first process starts")
     container: str | None = setting(None, _line(), "image for srun --container-image (pyxis)")
     container_mounts: list[str] = setting(factory=list, check=_LINES, help="srun --container-mounts")
-    sbatch: list[str] = setting(factory=list, check=_LINES, help='more #SBATCH lines: ["--qos=long", "--exclusive"]')
+    sbatch: list[str] = setting(
+        factory=list, check=_LINES, help='more #SBATCH lines: ["--qos=long", "--mem=500G"]; they come last'
+    )
 
 
 class SlurmLauncher(Launcher):
@@ -216,6 +219,10 @@ def check(settings: SlurmSettings) -> None:
         raise ValueError(f"launch.folder must not have spaces, % or backslashes in it, got {settings.folder!r}")
     if settings.container_mounts and settings.container is None:
         raise ValueError("launch.container_mounts needs launch.container")
+    if not settings.exclusive and settings.cpus_per_task is None:
+        raise ValueError(
+            "launch.cpus_per_task must be set with launch.exclusive=false, or Slurm gives all processes of a node one CPU"
+        )
     for line in settings.sbatch:
         _check_option(line)
     _check_time(settings)
@@ -325,6 +332,7 @@ def script(
         "RUN": run,
         "FOLDER": shlex.quote(str(folder)),
         "JOB_FILES": JOB_FILES,
+        "NODES_VARIABLE": NODES,
         "FAILURES": FAILURES,
         "COMPLETE": COMPLETE,
         "PREEMPTED": EXIT_PREEMPTED,
@@ -350,11 +358,10 @@ def _directives(settings: SlurmSettings, folder: Path) -> list[str]:
         "open-mode": "append",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-    return [
-        *lines,
-        "#SBATCH --no-requeue" if settings.rehearse else "#SBATCH --requeue",
-        *(f"#SBATCH {line}" for line in settings.sbatch),
-    ]
+    if settings.exclusive:
+        lines += ["#SBATCH --exclusive", "#SBATCH --mem=0"]
+    lines.append("#SBATCH --no-requeue" if settings.rehearse else "#SBATCH --requeue")
+    return [*lines, *(f"#SBATCH {line}" for line in settings.sbatch)]
 
 
 def _srun_options(settings: SlurmSettings) -> list[str]:
@@ -362,6 +369,8 @@ def _srun_options(settings: SlurmSettings) -> list[str]:
     options += [f"--wait={SIGNAL_SLACK_SECONDS}", "--kill-on-bad-exit=0"]
     if settings.cpus_per_task:
         options.append(f"--cpus-per-task={settings.cpus_per_task}")  # since 22.05 srun does not take sbatch's
+    else:
+        options.append("--cpu-bind=none")  # a task that names no number of CPUs may be bound to one
     if settings.container:
         options.append(f"--container-image={shlex.quote(settings.container)}")
         options.append('--container-workdir="$PWD"')  # folders on the command line may be relative

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_bard.base.errors import EXIT_USER_ERROR
-from nemo_bard.launch.exits import EXIT_PREEMPTED, FORWARDED_SIGNALS, PREEMPTION_SIGNALS
+from nemo_bard.launch.exits import EXIT_PREEMPTED, FORWARDED_SIGNALS, NODES, PREEMPTION_SIGNALS
 from nemo_bard.upstream.console import hush
 
 
@@ -48,6 +48,22 @@ def run_torchrun(
     command = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={grace_seconds}"]
     command += [f"--signals-to-handle={FORWARDED_SIGNALS}", "-m", "nemo_bard.cli"]
     return supervise([*command, "finetune", "--config", str(config_path), *words], resumable=resumable)
+
+
+def node_options(environment: Mapping[str, str]) -> list[str]:
+    """Options of torchrun on one node of a Slurm job: its own address, and whether the nodes meet at it.
+
+    Otherwise torchrun asks the machine for its name, which other nodes may not know and which may be ``localhost``.
+
+    Args:
+        environment: With the job's ``NEMO_BARD_NODES`` and Slurm's name of this node; nothing is said without.
+    """
+    addresses = dict(entry.split("=", 1) for entry in environment.get(NODES, "").split())
+    name = environment.get("SLURMD_NODENAME")
+    if name not in addresses:
+        return []
+    is_host = int(name == next(iter(addresses)))
+    return [f"--local-addr={addresses[name]}", f"--rdzv-conf=is_host={is_host}"]
 
 
 def supervise(arguments: Sequence[str], *, resumable: bool) -> int:

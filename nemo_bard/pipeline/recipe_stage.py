@@ -27,6 +27,8 @@ from nemo_bard.pipeline.world import World
 from nemo_bard.train.config import check_batch_sizes, validate_recipe
 from nemo_bard.train.recipe_file import load_recipe_class, read_yaml, translate
 
+DATA_CACHE = "lengths"
+"""Folder of a run directory for what is known of data sets: lengths of samples, and that they were checked."""
 SHORT_KEYS = {
     "block_size": "model.block_size",
     "max_steps": "step_scheduler.max_steps",
@@ -138,7 +140,7 @@ class RecipeStage(Stage):
         }
         packing = recipe.get("packing") or {}
         if packing.get("max_length") is not None and packing.get("cache_dir") is None:
-            own["packing.cache_dir"] = str(place.run_dir / "lengths")  # one file serves all stages
+            own["packing.cache_dir"] = str(place.run_dir / DATA_CACHE)  # one file serves all stages
         if "anchor" in self.inputs:
             own[ANCHOR_KEY] = exports.get(self.inputs["anchor"], self.inputs["anchor"])
         for dotted, value in own.items():
@@ -261,8 +263,7 @@ class RecipeStage(Stage):
 
     def run(self, job: Job, world: World) -> bool:
         """Train from the newest whole checkpoint on, and link the final one's export."""
-        del job
-        if not train(self, self.recipe, world):
+        if not train(self, self.recipe, world, job.run_dir / DATA_CACHE):
             return False
         world.on_main(self._link_export)
         return True

@@ -11,10 +11,11 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.base.errors import system_errors_of
 from nemo_bard.base.files import locked, read_json, write_json, write_text
 from nemo_bard.launch.exits import EXIT_PREEMPTED, note_complete, note_progress, under_torchrun
 from nemo_bard.launch.launchers import LAUNCHERS, Launcher
@@ -102,9 +103,10 @@ class Pipeline:
         if job.launch.rehearse:
             return _start_rehearsal(job, launcher, config_path, list(overrides), processes)
         parts = [*(stage.name for stage in job.stages), REPORT]
-        code = launcher.start(job.launch, parts, config_path, list(overrides), processes)
-        if launcher.elsewhere and read_json(job.run_dir / manifest.IDENTITY) is None:
-            take_run_dir(job)  # for `nemo-bard status` until the first worker does it
+        with system_errors_of(f"run_dir {job.run_dir} cannot be used") if launcher.elsewhere else nullcontext():
+            code = launcher.start(job.launch, parts, config_path, list(overrides), processes)
+            if launcher.elsewhere and read_json(job.run_dir / manifest.IDENTITY) is None:
+                take_run_dir(job)  # for `nemo-bard status` until the first worker does it
         return code
 
     # ------------------ a run ------------------
@@ -123,12 +125,13 @@ class Pipeline:
         self.world.on_main(self._take)
 
     def _take(self) -> None:
-        if self.rehearsal is None:
-            checks.check_run_dir(self.job)
-            checks.check_chain(self.job)
-            checks.check_world(self.job, self.world.size)
-            self._held.enter_context(locked(self.job.run_dir))
-        take_run_dir(self.job)
+        with system_errors_of(f"run_dir {self.job.run_dir} cannot be used"):
+            if self.rehearsal is None:
+                checks.check_run_dir(self.job)
+                checks.check_chain(self.job)
+                checks.check_world(self.job, self.world.size)
+                self._held.enter_context(locked(self.job.run_dir))
+            take_run_dir(self.job)
 
     def run_train_validation_loop(self) -> int:
         """Run what is left of the chain.

@@ -26,7 +26,7 @@ class StageStatus:
 
     name: str
     state: str
-    """``finished``, ``running``, ``stopped`` (begun, and no run is going on), or ``waiting``."""
+    """``finished``, ``running``, ``stopped`` (begun, and no run is going on), ``unknown`` (begun), or ``waiting``."""
     steps: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -43,8 +43,9 @@ class RunStatus:
 
     pipeline: str
     stages: list[StageStatus]
-    running: bool
-    """Whether a process holds the run directory, or has just written its progress from another machine."""
+    running: bool | None
+    """Whether a process holds the run directory, or has just written its progress from another machine; None if it has
+    not, and the file system has no locks."""
     reported: bool
     job: str | None = None
     """Number of the newest Slurm job."""
@@ -57,9 +58,11 @@ class RunStatus:
         return self.reported and all(stage.state == "finished" for stage in self.stages)
 
     @property
-    def needs_resume(self) -> bool:
-        """Whether the command has to be run again."""
-        return not self.complete and not self.running and self.queue is None
+    def needs_resume(self) -> bool | None:
+        """Whether the command has to be run again; None if nobody can tell."""
+        if self.complete or self.running or self.queue is not None:
+            return False
+        return None if self.running is None else True
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -78,10 +81,12 @@ def read_status(run_dir: Path) -> RunStatus:
     folders = {name: run_dir / outputs.get(name, name) for name in identity["stages"]}
     written = [file.stat().st_mtime for folder in folders.values() if (file := folder / manifest.PROGRESS).is_file()]
     running = is_locked(run_dir)
-    if not running and not ran_here(run_dir):
-        running = time.time() - max(written, default=0.0) < FRESH_SECONDS
+    if not running and (running is None or not ran_here(run_dir)):
+        fresh = time.time() - max(written, default=0.0) < FRESH_SECONDS
+        running = fresh or (None if running is None else False)
     job, queue = _find_job(run_dir, config)
-    running = running or (queue is not None and queue.split()[0] in ("RUNNING", "COMPLETING"))
+    if queue is not None and queue.split()[0] in ("RUNNING", "COMPLETING"):
+        running = True
     stages = [_read_stage(name, folder, running) for name, folder in folders.items()]
     return RunStatus(
         pipeline=identity["pipeline"],
@@ -101,7 +106,7 @@ def _find_job(run_dir: Path, config: Mapping[str, Any]) -> tuple[str | None, str
     return None, None
 
 
-def _read_stage(name: str, folder: Path, running: bool) -> StageStatus:
+def _read_stage(name: str, folder: Path, running: bool | None) -> StageStatus:
     record, progress = read_json(folder / manifest.MANIFEST), read_json(folder / manifest.PROGRESS) or {}
     known = {
         "steps": progress.get("steps"),
@@ -114,7 +119,7 @@ def _read_stage(name: str, folder: Path, running: bool) -> StageStatus:
     if not (folder / manifest.STARTED).is_file():
         return StageStatus(name=name, state="waiting")
     age = time.time() - progress["time"] if progress else None
-    state = "running" if running else "stopped"
+    state = "unknown" if running is None else "running" if running else "stopped"
     return StageStatus(name=name, state=state, eta_seconds=progress.get("eta_seconds"), age_seconds=age, **known)
 
 
@@ -134,6 +139,8 @@ def render(status: RunStatus, run_dir: Path) -> str:
             words.append(f"{duration(stage.eta_seconds)} left in this stage")
         if stage.state == "running" and (stage.age_seconds or 0.0) > STALE_SECONDS:
             words.append(f"no news for {duration(stage.age_seconds)}")
+        if stage.state == "unknown" and stage.age_seconds is not None:
+            words.append(f"last news {duration(stage.age_seconds)} ago")
         if stage.evaluation is not None:
             scores = stage.evaluation["scores"]
             words += [f"{name.replace('_', ' ')} {100 * value:.1f} %" for name, value in scores.items()]
@@ -145,6 +152,8 @@ def render(status: RunStatus, run_dir: Path) -> str:
         lines.append("running" if status.queue is None else f"running; Slurm job {status.job}: {status.queue}")
     elif status.queue is not None:
         lines.append(f"Slurm job {status.job}: {status.queue}; it goes on by itself")
+    elif status.running is None:
+        lines.append("unknown whether it is running: this file system has no locks")
     else:
         lines.append("not running; run the same command again to go on")
     return "\n".join(lines) + "\n"

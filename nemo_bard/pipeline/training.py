@@ -22,17 +22,20 @@ from nemo_bard.upstream.torch import shield_workers, stop_workers
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_SECONDS = 15.0
+"""Between two writings of ``progress.json``."""
 LINE_SECONDS = 60.0
 """Between two lines about a stage where no progress bar can be drawn, such as a job's log."""
 
 
-def train(stage: Stage, recipe: dict[str, Any], world: World) -> bool:
+def train(stage: Stage, recipe: dict[str, Any], world: World, data_cache: Path) -> bool:
     """Train a stage from its newest whole checkpoint to its end, or until a signal.
 
     Args:
         stage: A stage whose ``stage.yaml`` is written.
         recipe: What that file holds.
         world: The processes; all of them call this.
+        data_cache: Folder for what the recipe finds out about its data sets, for all stages and goes.
 
     Returns:
         Whether the stage's final checkpoint is there; False means a signal came before.
@@ -46,6 +49,7 @@ def train(stage: Stage, recipe: dict[str, Any], world: World) -> bool:
     config = load_config(path, [])
     config.set_by_dotted("checkpoint.restore_from", None if resume is None else str(resume))
     trainer = recipe_class(config)
+    trainer.data_cache = data_cache
     try:
         trainer.setup()
         for loader in loaders_of(trainer):
@@ -95,7 +99,7 @@ def final_export(stage: Stage) -> Path | None:
 class Watch:
     """Follows a recipe through its methods: what it logs per step, and when it saves.
 
-    Progress goes to ``progress.json``, at most every two seconds. The metrics reach the disk before every checkpoint does,
+    Progress goes to ``progress.json`` now and then, which no step waits for the disk for. The metrics reach the disk before every checkpoint does,
     and a checkpoint's files before its publication.
     """
 
@@ -150,7 +154,7 @@ class Watch:
         self.step_seconds = duration if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * duration
         self.host_memory = max(self.host_memory, resident_gib())
         self.device_memory = max(self.device_memory, float(sample.metrics.get("mem", 0.0)))
-        if now - self.written >= 2.0:
+        if now - self.written >= PROGRESS_SECONDS:
             self.write(sample)
         if not self.draws and (self.said is None or now - self.said >= LINE_SECONDS):
             self.said = now
@@ -186,6 +190,7 @@ class Watch:
                 "device_memory_gib": self.device_memory,
                 "time": time.time(),
             },
+            durable=False,
         )
 
 

@@ -10,20 +10,22 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sized
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from nemo_automodel.components.distributed.config import DistributedSetup, FSDP2Config
-from nemo_automodel.components.distributed.utils import FirstRankPerNode
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from nemo_bard.data.checks import check_once, checks_put_off
 from nemo_bard.data.collate import DEFAULT_MAX_LENGTH, BlockDiffusionCollator
 from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
+from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.generation.settings import check_mask_token_id
 from nemo_bard.method.layout import RowOptions
@@ -39,7 +41,7 @@ from nemo_bard.train.phases import NoiseOfRun
 from nemo_bard.train.settings import PackingSettings, RecipeSettings
 from nemo_bard.train.validation import ValidatedTraining
 from nemo_bard.upstream import automodel, cpu
-from nemo_bard.upstream.recipe import PlannedDataloaderConfig, run_main
+from nemo_bard.upstream.recipe import OpenedDataloaderConfig, Source, run_main
 from nemo_bard.upstream.transformers import text_section
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,9 @@ class PBMRecipe(ValidatedTraining):
     """Our values at the top level of the recipe."""
     settings: RecipeSettings
     """Those of this run."""
+    data_cache: Path | None = None
+    """Where the notes of checked data sets are kept if ``packing.cache_dir`` is null; ``checkpoint.checkpoint_dir`` if
+    this is None too."""
 
     @classmethod
     def validate_config(cls, raw: Mapping[str, Any]) -> None:
@@ -90,21 +95,8 @@ class PBMRecipe(ValidatedTraining):
         if self.on_bad_sample.drops:
             without_checks(self.cfg)
         self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
-        if self.packing.max_length is not None:
-            assert self.cfg.vlm_dataloader is not None
-            loader = PlannedDataloaderConfig.from_config(self.cfg.vlm_dataloader, self._pack)
-            automodel.set_training_loader(self.cfg, loader)
-        upstream, told = logging.getLogger(FirstRankPerNode.__module__), _UserErrors()
-        upstream.addFilter(told)
-        try:
-            super().setup()
-        except SystemExit as stop:
-            # Upstream ends the process, with a traceback, when a data set cannot be built (FirstRankPerNode).
-            if isinstance(stop.__cause__, ValueError):
-                raise stop.__cause__ from None
-            raise
-        finally:
-            upstream.removeFilter(told)
+        automodel.replace_loaders(self.cfg, self._opened_together)
+        super().setup()
         self._check_built()
         self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, self.noise, packed=True)
         if self.val_dataloader is not None:
@@ -141,20 +133,42 @@ class PBMRecipe(ValidatedTraining):
         collator.keep_bad = True
         return collator
 
-    def _pack(self, dataset: Any, processor: Any) -> PackedDataset:
+    def _opened_together(self, split: str, loader: Any) -> OpenedDataloaderConfig:
+        """A loader whose data set all ranks open, check and measure together; ``split`` is ``train`` or ``validation``."""
+
+        def opened(build: Callable[[], Source]) -> Source:
+            minutes = self.cfg.get("dist_env.timeout_minutes")
+            with Ranks.together(timedelta(minutes=minutes)) as ranks:
+                with checks_put_off() as unchecked:
+                    dataset, processor = ranks.on_all(build, f"opening the data set ({split})")
+                _check_equal_sizes(ranks, dataset, split)
+                made = dataset
+                if split == "train" and self.packing.max_length is not None:
+                    made = self._pack(dataset, processor, loader, ranks)
+                    unchecked = [one for one in unchecked if one is not dataset]  # measuring checks as much
+                for one in unchecked:
+                    check_once(one, self._cache_dir(), ranks=ranks, num_workers=loader.num_workers)
+            return made, processor
+
+        return OpenedDataloaderConfig.from_config(loader, opened)
+
+    def _cache_dir(self) -> Path:
+        """Folder for what is known of data sets."""
+        own = self.packing.cache_dir or self.data_cache
+        return Path(own or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints"))
+
+    def _pack(self, dataset: Any, processor: Any, loader: Any, ranks: Ranks) -> PackedDataset:
         """Plan the rows of the training set; called by upstream's setup, when the model is there."""
         _check_processor(processor)
-        loader = self.cfg.vlm_dataloader
-        assert loader is not None
-        assert loader.collator is not None
         return pack_dataset(
             dataset,
             self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
-            cache_dir=Path(self.packing.cache_dir or self.cfg.get("checkpoint.checkpoint_dir", "checkpoints")),
+            cache_dir=self._cache_dir(),
             seed=self.seed,
             shuffle=loader.shuffle,
             num_workers=loader.num_workers,
             drop_bad=self.on_bad_sample.drops,
+            ranks=ranks,
         )
 
     def _make_objective(self) -> Objective:
@@ -279,11 +293,14 @@ def _check_processor(processor: Any) -> None:
         raise ValueError("the checkpoint folder has no processor; make a start point with `nemo-bard convert`")
 
 
-class _UserErrors(logging.Filter):
-    """Drops log records about a ValueError, which is raised and told as one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], ValueError))
+def _check_equal_sizes(ranks: Ranks, dataset: Sized, split: str) -> None:
+    sizes = ranks.exchange(len(dataset), f"opening the data set ({split})")
+    for rank, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise ValueError(
+                f"the data set ({split}) has {sizes[0]} samples on rank 0 and {size} on rank {rank}; all ranks must read"
+                " the same"
+            )
 
 
 def _section(cfg: Any, key: str) -> dict[str, Any] | None:

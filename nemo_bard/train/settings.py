@@ -74,7 +74,9 @@ class PackingSettings:
     max_length: int | None = setting(
         None, integer(optional=True), "tokens of a row that several samples share; null: one sample per row"
     )
-    cache_dir: str | None = setting(None, _FOLDER, "folder for the measured lengths; null: checkpoint.checkpoint_dir")
+    cache_dir: str | None = setting(
+        None, _FOLDER, "folder for measured lengths and for what has been checked; null: checkpoint.checkpoint_dir"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "packing")

@@ -110,16 +110,19 @@ TOUCHED = (
     _hook(f"{_RECIPE}._autocast_context", reason="the forward runs in the compute dtype", parameters="self"),
     _read(
         "nemo_automodel.components.datasets.vlm.loader.VlmDataloaderConfig._build_source",
-        reason="overridden: rows are packed right after their data set is built, on the first rank first",
-        until="a data set can be planned after it is built",
+        reason="overridden: ranks open data sets together, not one after the other; rows are packed right after",
+        until="a data set can be opened by all ranks, and planned after it is built",
         parameters="self, *, pretrained_model_name_or_path, dp_rank, dp_world_size, dataset_build_context",
         source="with dataset_build_context",
     ),
-    _read(
-        f"{_FINETUNE}.FinetuneRecipeForVLM.setup",
-        reason="builds the training loader from cfg.vlm_dataloader, which is put there in place of the YAML's",
-        until="a recipe can be given a loader",
-        source="cfg.vlm_dataloader",
+    *(
+        _read(
+            f"{_FINETUNE}.FinetuneRecipeForVLM{of}",
+            reason=f"builds a loader from cfg.{name}, which is put there in place of the YAML's",
+            until="a recipe can be given its loaders",
+            source=f" = self.cfg.{name}\n",
+        )
+        for of, name in ((".setup", "vlm_dataloader"), ("", "vlm_validation_dataloader"))
     ),
     _watched(f"{_RECIPE}._make_progress_bar", parameters="self, total, initial"),
     _watched(f"{_RECIPE}.log_train_metrics", parameters="self, log_data"),
@@ -226,9 +229,16 @@ def hold_back_instantiation_reports() -> Iterator[list[str]]:
 
 
 # ------------------ following a recipe ------------------
-def set_training_loader(config: Any, loader: Any) -> None:
-    """Let a recipe that is not set up yet build its training loader from ``loader`` instead of what its YAML says."""
-    vars(config)["vlm_dataloader"] = loader
+def replace_loaders(config: Any, replace: Callable[[str, Any], Any]) -> None:
+    """Let a recipe that is not set up yet build its loaders from something else than what its YAML says.
+
+    Args:
+        config: The recipe's configuration.
+        replace: From ``train`` or ``validation`` and the loader's configuration to the one to take.
+    """
+    for split, name in (("train", "vlm_dataloader"), ("validation", "vlm_validation_dataloader")):
+        if (loader := getattr(config, name)) is not None:
+            vars(config)[name] = replace(split, loader)
 
 
 def before_publication(recipe: Any, call: Callable[[str], object]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
@@ -103,17 +104,26 @@ class VLMRecipe(FinetuneRecipeForVLM):
         return self.validate(val_dataloader)
 
 
-@dataclass
-class PlannedDataloaderConfig(VlmDataloaderConfig):
-    """AutoModel's input pipeline whose data set becomes another one right after it is built, on the first rank first."""
+Source = tuple[Any, Any]
+"""A data set and its processor."""
 
-    plan: Callable[[Any, Any], Any] | None = None
-    """From data set and processor to the data set that samplers see."""
+
+@dataclass
+class OpenedDataloaderConfig(VlmDataloaderConfig):
+    """AutoModel's input pipeline whose data set a function of ours opens, on all ranks at once.
+
+    AutoModel opens it on the first rank first, and its other ranks wait for that at most as long as gloo does by default.
+    """
+
+    open: Callable[[Callable[[], Source]], Source] | None = None
+    """From what opens data set and processor to what samplers and collators see of them."""
 
     @classmethod
-    def from_config(cls, config: VlmDataloaderConfig, plan: Callable[[Any, Any], Any]) -> PlannedDataloaderConfig:
-        """The same pipeline, planned."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, plan=plan)
+    def from_config(
+        cls, config: VlmDataloaderConfig, opened: Callable[[Callable[[], Source]], Source]
+    ) -> OpenedDataloaderConfig:
+        """The same pipeline, opened by ``opened``."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, open=opened)
 
     def _build_source(
         self,
@@ -122,16 +132,17 @@ class PlannedDataloaderConfig(VlmDataloaderConfig):
         dp_rank: int,
         dp_world_size: int,
         dataset_build_context: AbstractContextManager[object] | None,
-    ) -> tuple[Any, Any]:
-        assert self.plan is not None
-        with dataset_build_context or nullcontext():
-            dataset, processor = super()._build_source(
-                pretrained_model_name_or_path=pretrained_model_name_or_path,
-                dp_rank=dp_rank,
-                dp_world_size=dp_world_size,
-                dataset_build_context=None,
-            )
-            return self.plan(dataset, processor), processor
+    ) -> Source:
+        assert self.open is not None
+        del dataset_build_context
+        build = partial(
+            super()._build_source,
+            pretrained_model_name_or_path=pretrained_model_name_or_path,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            dataset_build_context=None,
+        )
+        return self.open(build)
 
 
 def run_main(recipe_class: type[FinetuneRecipeForVLM], config_path: str | os.PathLike[str] | None) -> None:

@@ -10,6 +10,7 @@ import types
 import pytest
 
 from nemo_bard.base import paths
+from nemo_bard.base.errors import RunError
 from nemo_bard.cli import app as cli
 from nemo_bard.cli import startup as _startup
 from nemo_bard.cli.commands import COMMANDS, finetune
@@ -137,6 +138,24 @@ def test_full_disk_is_one_line(monkeypatch, capsys):
     assert cli.main(["doctor"]) == 1
     line = "error: No space left on device (runs/b4/x.safetensors); make room and run the same command again\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_rank_that_is_gone_is_one_line_and_worth_a_new_try(monkeypatch, capsys):
+    def run(_):
+        raise RunError("checking samples: a rank is gone\n(Ranks 2)")
+
+    monkeypatch.setattr(cli, "run_command", run)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "error: checking samples: a rank is gone (Ranks 2)\n"
+
+
+def test_a_read_only_disk_is_one_line_and_not_worth_a_new_try(monkeypatch, capsys):
+    def run(_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/b4")
+
+    monkeypatch.setattr(cli, "run_command", run)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: Read-only file system (runs/b4)\n"
 
 
 def test_other_system_errors_keep_their_traceback(monkeypatch):

@@ -2,6 +2,7 @@
 
 import runpy
 import signal
+import socket
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -10,7 +11,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from nemo_bard.base.errors import EXIT_USER_ERROR
 from nemo_bard.launch.exits import EXIT_PREEMPTED
-from nemo_bard.launch.torchrun import supervise
+from nemo_bard.launch.torchrun import node_options, supervise
 from nemo_bard.pipeline.world import StopSignal
 
 
@@ -72,3 +73,17 @@ def test_what_a_slurm_job_runs_is_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("nemo_bard.launch", run_name="__main__")
     assert (ended.value.code, asked) == (0, [["finetune", "--config", "x"]])
+
+
+def test_workers_meet_at_the_nodes_own_address_whatever_its_name(monkeypatch, tmp_path):
+    """Machines whose own name is ``localhost`` would send the workers of other nodes to themselves."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"import os\nopen({str(tmp_path / 'met')!r}, 'w').write(os.environ['MASTER_ADDR'])\n")
+    monkeypatch.setattr("socket.getfqdn", lambda *_: "localhost")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = node_options({"NEMO_BARD_NODES": "n1=127.0.0.1", "SLURMD_NODENAME": "n1"})
+    meeting = ["--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    assert supervise([*own, *meeting, str(worker)], resumable=True) == 0
+    assert (tmp_path / "met").read_text() == "127.0.0.1"

@@ -1,9 +1,11 @@
 """A chain of two stub stages: skipped, killed anywhere, preempted, refused, reported."""
 
 import copy
+import errno
 import gc
 import hashlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -348,6 +350,41 @@ def test_two_runs_do_not_share_a_directory(chain, monkeypatch):
     assert run() == 0
 
 
+def test_without_locks_a_chain_runs_and_its_status_is_not_guessed(chain, monkeypatch, no_report):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    StubRecipe.events = {(8, 3, "step"): "kill"}
+    with pytest.raises(KilledError):
+        run()
+    fresh = read_status(Path("runs/stub"))
+    assert (fresh.running, fresh.needs_resume) == (True, False)
+    monkeypatch.setattr("nemo_bard.pipeline.status.FRESH_SECONDS", 0.0)
+    status = read_status(Path("runs/stub"))
+    assert (status.running, status.needs_resume) == (None, None)
+    assert [stage.state for stage in status.stages] == ["finished", "unknown"]
+    told = render(status, Path("runs/stub"))
+    assert "last news 0 s ago" in told
+    assert told.endswith("unknown whether it is running: this file system has no locks\n")
+    StubRecipe.events = {}
+    assert run() == 0
+    assert read_status(Path("runs/stub")).complete
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_what_the_system_refuses_at_the_start_is_one_line(chain, capsys, monkeypatch, number):
+    from nemo_bard.cli.app import main
+
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "runs/stub/pipeline.json")
+
+    monkeypatch.setattr("nemo_bard.pipeline.run.write_json", refused)
+    assert main(["finetune", "--config", "chain.yaml"]) == 2
+    line = f"run_dir {Path('runs/stub').absolute()} cannot be used: {os.strerror(number)} (runs/stub/pipeline.json)"
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 def test_a_run_directory_can_be_moved(chain):
     run()
     Path("runs/stub").rename("elsewhere")
@@ -388,6 +425,19 @@ def test_status_of_a_running_stage(chain, monkeypatch):
     assert seen[0].running
     assert not seen[0].needs_resume
     assert "running" in render(seen[0], Path("runs/stub"))
+
+
+def test_no_step_waits_for_the_disk_to_tell_the_progress(chain, no_report, monkeypatch):
+    written = []
+
+    def write(path, value, *, durable=True):
+        written.append((path.name, durable))
+
+    monkeypatch.setattr("nemo_bard.pipeline.training.write_json", write)
+    monkeypatch.setattr("nemo_bard.pipeline.training.PROGRESS_SECONDS", 0.0)
+    run()
+    assert set(written) == {("progress.json", False)}
+    assert len(written) >= 2 * STEPS
 
 
 def test_where_no_bar_can_be_drawn_there_are_lines(chain, no_report, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from nemo_bard.base.paths import conf_dir
 from nemo_bard.base.settings import from_mapping
 from nemo_bard.launch import slurm
 from nemo_bard.launch.launchers import LAUNCHERS
+from nemo_bard.launch.torchrun import node_options
 
 STAGES = ("start", "pbm_b4", "report")
 RECIPE = Path("/recipes/bard b32.yaml")
@@ -55,6 +56,8 @@ def test_defaults_name_only_what_is_set(tmp_path):
         "--signal=B:USR1@660",
         f"--output={tmp_path}/%j.log",
         "--open-mode=append",
+        "--exclusive",
+        "--mem=0",
         "--requeue",
     ]
 
@@ -74,7 +77,7 @@ def test_everything_that_can_be_set_is_in_the_script(tmp_path):
         setup=["export NCCL_DEBUG=INFO"],
         container="/images/nemo bard.sqsh",
         container_mounts=["/data:/data", "/home"],
-        sbatch=["--exclusive", "--qos=high"],
+        sbatch=["--mem=500G", "--qos=high"],
     )
     said = directives(text)
     for option in (
@@ -82,6 +85,7 @@ def test_everything_that_can_be_set_is_in_the_script(tmp_path):
         "--time=1-02:00:00", "--signal=B:USR1@360", "--exclusive", "--qos=high",
     ):  # fmt: skip
         assert option in said
+    assert said.index("--mem=500G") > said.index("--mem=0"), "the last one counts"
     joined = re.sub(r" \\\n *", " ", text)
     (command,) = [line for line in joined.splitlines() if line.lstrip().startswith("srun ")]
     assert "srun --nodes=4 --ntasks=4 --ntasks-per-node=1" in command
@@ -94,6 +98,17 @@ def test_everything_that_can_be_set_is_in_the_script(tmp_path):
     assert "--shutdown-timeout=300 --signals-to-handle=SIGTERM,SIGUSR1," in command
     assert "finetune --config '/recipes/bard b32.yaml' 'run_dir=my runs' 'data.path=$HOME' " in command
     assert text.index("module load cuda/12.8\nexport NCCL_DEBUG=INFO\n") < text.index("srun ")
+
+
+def test_a_node_gives_all_its_cpus_or_as_many_as_are_named(tmp_path):
+    """A task that names none has one by Slurm's default, for all processes of a node."""
+    whole = script(tmp_path)
+    assert "srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --wait=60 --kill-on-bad-exit=0 --cpu-bind=none " in whole
+    shared = script(tmp_path, exclusive=False, cpus_per_task=12)
+    assert "--cpus-per-task=12" in directives(shared)
+    assert "--exclusive" not in shared
+    assert "--mem" not in shared
+    assert "--kill-on-bad-exit=0 --cpus-per-task=12 " in shared
 
 
 def test_processes_per_node(tmp_path):
@@ -130,8 +145,9 @@ def test_shellcheck_finds_nothing(tmp_path, changed):
 
 
 FAKES = {
-    "scontrol": 'echo "scontrol $*" >>calls; case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";;'
-    ' "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1";; esac',
+    "scontrol": 'echo "scontrol $*" >>calls; case "$1 $2" in'
+    ' "--oneliner show") [ "$4" = "n[1-2]" ] && for n in 1 2; do'
+    ' echo "NodeName=n$n Arch=x86_64 NodeAddr=10.0.0.$n NodeHostName=n$n Version=22"; done;; esac',
     "squeue": "echo ${FAKE_STATE:-RUNNING}",
     "srun": 'printf "%s " "$@" >>calls; echo >>calls; trap "exit 75" USR1; eval "$FAKE_DO";'
     ' [ -z "$FAKE_WAIT" ] || { touch started; while :; do sleep 0.05; done; };'
@@ -188,6 +204,16 @@ def test_complete(job):
     assert 20000 <= int(port) < 32000
     assert " a=b c " in calls
     assert "requeue" not in calls
+
+
+def test_every_node_knows_its_own_address_and_where_they_meet(job, tmp_path):
+    assert job([0], {"FAKE_DO": 'echo "$NEMO_BARD_NODES" >nodes'})[0] == 0
+    told = (tmp_path / "nodes").read_text()
+    assert told == "n1=10.0.0.1\nn2=10.0.0.2\n"
+    for name, host in (("n1", 1), ("n2", 0)):
+        options = node_options({"NEMO_BARD_NODES": told, "SLURMD_NODENAME": name})
+        assert options == [f"--local-addr=10.0.0.{name[1]}", f"--rdzv-conf=is_host={host}"]
+    assert node_options({"SLURMD_NODENAME": "n1"}) == []
 
 
 @pytest.mark.parametrize("exit_code", [75, 1, 137])
@@ -294,6 +320,11 @@ def test_per_stage_stops_at_the_first_that_does_not_end_well(job):
         ({"name": "slrum"}, "launch.name must be one of local, slurm, got 'slrum' (did you mean 'slurm'?)"),
         ({"time": "4h"}, 'launch.time must be "HH:MM:SS" or "D-HH:MM:SS", in quotes, got \'4h\''),
         ({"time": "00:11:00"}, "launch.time 00:11:00 must be longer than launch.grace_seconds and a minute"),
+        (
+            {"exclusive": False},
+            "launch.cpus_per_task must be set with launch.exclusive=false, or Slurm gives all processes of a node one CPU",
+        ),
+        ({"exclusive": "no"}, "launch.exclusive must be true or false, got 'no'"),
         ({"container_mounts": ["/a"]}, "launch.container_mounts needs launch.container"),
         ({"folder": "my runs"}, "launch.folder must not have spaces"),
     ],
