@@ -86,6 +86,10 @@ class JsonlDataset:
         lines = hashlib.sha256(self._bounds.tobytes()).hexdigest()
         return f"jsonl {self.path.name} {state.st_size} {state.st_mtime_ns} {lines} {self.root_dir.resolve()}"
 
+    def line_bytes(self) -> np.ndarray:
+        """Size of every line, ``[n]`` int64: what can be known of lengths without reading samples."""
+        return np.diff(self._bounds)
+
     def describe(self, index: int) -> dict[str, Any]:
         """Where a sample comes from, for lists of rejected ones: ``source`` (``file:line``) and its ``id``, if any.
 

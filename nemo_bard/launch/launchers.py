@@ -6,14 +6,16 @@ A launcher from outside is a class like ``Launcher`` in the entry point group ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_bard.base.registry import Registry
-from nemo_bard.base.settings import check_settings, choice, integer, setting
+from nemo_bard.base.settings import check_settings, choice, flag, integer, setting
 
 MODES = ("one_job", "per_stage")
+REHEARSAL_GRACE = 30
+"""Seconds that the workers of a rehearsal have after a signal: nothing of theirs is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,9 @@ class LaunchSettings:
     )
     timeout_minutes: int = setting(60, integer(), "of a collective operation, waiting for other ranks included")
     grace_seconds: int = setting(600, integer(), "time to save after a signal, before workers are killed")
+    rehearse: bool = setting(
+        False, flag(), "run the chain in a few minutes instead: two steps per stage, measured, in a scratch folder"
+    )
 
 
 class Launcher:
@@ -78,6 +83,16 @@ class Launcher:
             ValueError: For wrong values; nothing is started then.
         """
         raise NotImplementedError
+
+    def rehearsal(self, settings: Any, scratch: Path) -> Any:
+        """Return the settings that a rehearsal is started with.
+
+        Args:
+            settings: Those of the real run, an instance of ``Settings``.
+            scratch: The folder that the rehearsal works in, to be removed at its end, whatever that is.
+        """
+        del scratch
+        return replace(settings, mode="one_job", grace_seconds=min(settings.grace_seconds, REHEARSAL_GRACE))
 
     def state_folders(self, settings: Any) -> list[Path]:
         """Folders of its own that may lie in a run directory before the run begins."""

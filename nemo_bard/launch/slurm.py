@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_bard.base.errors import EXIT_USER_ERROR, nearest
@@ -39,6 +39,8 @@ ENDED = (
 )  # fmt: skip
 """States that a job does not leave; squeue still tells of them for some minutes."""
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d)(?::([0-5]\d))?")
+REHEARSAL_TIME = "00:30:00"
+"""Limit of a rehearsal's job."""
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 
@@ -124,6 +126,17 @@ class SlurmLauncher(Launcher):
     ) -> int:
         """Write the script and submit it; see ``submit``."""
         return submit(settings, stages, config_path, words, processes)
+
+    def rehearsal(self, settings: SlurmSettings, scratch: Path) -> SlurmSettings:
+        """One short job that does not come back, with a folder of its own beside the scratch folder."""
+        return replace(
+            super().rehearsal(settings, scratch),
+            time=REHEARSAL_TIME,
+            max_requeues=0,
+            folder=str(scratch.with_name(scratch.name.rpartition("-")[0])),
+            job_name=f"{settings.job_name}-rehearsal",
+            setup=[*settings.setup, f"trap {shlex.quote(f'rm -rf -- {shlex.quote(str(scratch))}')} EXIT"],
+        )
 
     def state_folders(self, settings: SlurmSettings) -> list[Path]:
         """The folder of the script and the log."""
@@ -347,7 +360,8 @@ def _directives(settings: SlurmSettings, folder: Path) -> list[str]:
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     if settings.exclusive:
         lines += ["#SBATCH --exclusive", "#SBATCH --mem=0"]
-    return [*lines, "#SBATCH --requeue", *(f"#SBATCH {line}" for line in settings.sbatch)]
+    lines.append("#SBATCH --no-requeue" if settings.rehearse else "#SBATCH --requeue")
+    return [*lines, *(f"#SBATCH {line}" for line in settings.sbatch)]
 
 
 def _srun_options(settings: SlurmSettings) -> list[str]:

@@ -29,6 +29,8 @@ class Words(NamedTuple):
     """Print instead of running."""
     stage: str | None = None
     """Run this stage only; what ``launch.mode=per_stage`` passes to its workers."""
+    scratch: str | None = None
+    """Folder of a rehearsal; what the process that starts its workers passes to them."""
 
 
 def read_words(config_path: Path, words: Iterable[str]) -> Words:
@@ -44,14 +46,14 @@ def read_words(config_path: Path, words: Iterable[str]) -> Words:
     before = file.get("overrides") or []
     if not isinstance(before, list) or not all(isinstance(item, str) for item in before):
         raise ValueError(f"{config_path}: overrides: must be a list of overrides such as data=my_data, got {before!r}")
-    options: dict[str, Any] = {"config_dir": file.get("config_dir"), "cfg": False, "stage": None}
+    options: dict[str, Any] = {"config_dir": file.get("config_dir"), "cfg": False, "stage": None, "scratch": None}
     overrides, rest = list(before), list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if word == "--cfg":
             options["cfg"] = True
-        elif name in ("--config-dir", "--config_dir", "--stage"):
+        elif name in ("--config-dir", "--config_dir", "--stage", "--scratch"):
             if not equals and not rest:
                 raise ValueError(f"{word} needs a value")
             options[name.removeprefix("--").replace("-", "_")] = value if equals else rest.pop(0)
@@ -70,7 +72,8 @@ def read_words(config_path: Path, words: Iterable[str]) -> Words:
     local = Path("conf")
     if local.is_dir() and not local.samefile(conf_dir()) and not any(local.samefile(folder) for folder in dirs):
         dirs.append(local)
-    return Words(overrides, [folder.resolve() for folder in dirs], file["pipeline"], options["cfg"], options["stage"])
+    dirs = [folder.resolve() for folder in dirs]
+    return Words(overrides, dirs, file["pipeline"], options["cfg"], options["stage"], options["scratch"])
 
 
 def compose(words: Words) -> dict[str, Any]:

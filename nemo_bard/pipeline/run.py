@@ -7,6 +7,7 @@ write its manifest; score it. Rank 0 writes, all ranks follow its decisions.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,13 @@ from typing import Any
 from nemo_bard.base.errors import system_errors_of
 from nemo_bard.base.files import locked, read_json, write_json, write_text
 from nemo_bard.launch.exits import EXIT_PREEMPTED, note_complete, note_progress, under_torchrun
-from nemo_bard.launch.launchers import LAUNCHERS
+from nemo_bard.launch.launchers import LAUNCHERS, Launcher
 from nemo_bard.pipeline import checks, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.evaluation import evaluate_stage
 from nemo_bard.pipeline.job import Job, Stage, make_job
 from nemo_bard.pipeline.recipe_stage import dump
+from nemo_bard.pipeline.rehearse.run import Rehearsal, scratch_folder
 from nemo_bard.pipeline.world import Preempted, World, die_with_launcher
 from nemo_bard.report.run import duration, write_report
 from nemo_bard.upstream.console import allow_all_lines, keep_to_own_lines
@@ -39,15 +41,19 @@ class Pipeline:
     Args:
         job: The chain.
         only: Run this stage only, or, for ``report``, none; all if None.
+        scratch: Folder of a rehearsal (``launch.rehearse``); one of its own beside ``run_dir`` if None.
     """
 
     parses_overrides = True
 
-    def __init__(self, job: Job, *, only: str | None = None) -> None:
+    def __init__(self, job: Job, *, only: str | None = None, scratch: str | None = None) -> None:
         if only not in (None, REPORT):
             job.stage(only)
         self.job, self.only = job, only
         self.world = World()
+        self.rehearsal: Rehearsal | None = None
+        if job.launch.rehearse:
+            self.rehearsal = Rehearsal(job, self.world, None if scratch is None else Path(scratch))
         self._held = ExitStack()
         self._known: dict[str, Any] | None = None
 
@@ -61,9 +67,10 @@ class Pipeline:
         """
         words = read_words(config_path, overrides)
         job = make_job(compose(words))
-        if under_torchrun() and words.stage is None and job.launch.mode == "per_stage":
+        parts = job.launch.mode == "per_stage" and not job.launch.rehearse
+        if under_torchrun() and words.stage is None and parts:
             raise ValueError("launch.mode=per_stage starts a torchrun for each stage itself; run it without torchrun")
-        return cls(job, only=words.stage)
+        return cls(job, only=words.stage, scratch=words.scratch)
 
     @classmethod
     def launch(cls, config_path: Path, overrides: Sequence[str], processes: int | None) -> int | None:
@@ -93,6 +100,8 @@ class Pipeline:
         if launcher.elsewhere:
             checks.check_chain(job)  # now, not after a day in a queue
         checks.check_world(job, launcher.world_size(job.launch, processes))
+        if job.launch.rehearse:
+            return _start_rehearsal(job, launcher, config_path, list(overrides), processes)
         parts = [*(stage.name for stage in job.stages), REPORT]
         with system_errors_of(f"run_dir {job.run_dir} cannot be used") if launcher.elsewhere else nullcontext():
             code = launcher.start(job.launch, parts, config_path, list(overrides), processes)
@@ -111,14 +120,17 @@ class Pipeline:
         self.world.stop.install()
         keep_to_own_lines()
         self.world.connect(self.job.launch.timeout_minutes)
+        if self.rehearsal is not None:
+            self.job = self.rehearsal.prepare()
         self.world.on_main(self._take)
 
     def _take(self) -> None:
         with system_errors_of(f"run_dir {self.job.run_dir} cannot be used"):
-            checks.check_run_dir(self.job)
-            checks.check_chain(self.job)
-            checks.check_world(self.job, self.world.size)
-            self._held.enter_context(locked(self.job.run_dir))
+            if self.rehearsal is None:
+                checks.check_run_dir(self.job)
+                checks.check_chain(self.job)
+                checks.check_world(self.job, self.world.size)
+                self._held.enter_context(locked(self.job.run_dir))
             take_run_dir(self.job)
 
     def run_train_validation_loop(self) -> int:
@@ -128,6 +140,8 @@ class Pipeline:
             0, or ``EXIT_PREEMPTED`` if a signal came: everything is saved, the same command goes on.
         """
         try:
+            if self.rehearsal is not None:
+                return self.rehearsal.run(self._run_stage)
             stages = [stage for stage in self.job.stages if self.only in (None, stage.name)]
             for stage in stages:
                 if not self._run_stage(stage):
@@ -222,6 +236,19 @@ class Pipeline:
         if self.world.is_main:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
+
+
+def _start_rehearsal(
+    job: Job, launcher: Launcher, config_path: Path, words: list[str], processes: int | None
+) -> int | None:
+    """Start a rehearsal as the chain itself would be; what workers leave behind that could not tidy up is removed."""
+    scratch = scratch_folder(job.run_dir)
+    settings = launcher.rehearsal(job.launch, scratch)
+    try:
+        return launcher.start(settings, [], config_path, [*words, f"--scratch={scratch}"], processes)
+    finally:
+        if not launcher.elsewhere:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_early(job: Job) -> None:

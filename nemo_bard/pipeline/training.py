@@ -56,6 +56,8 @@ def train(stage: Stage, recipe: dict[str, Any], world: World, data_cache: Path) 
             shield_workers(loader, PREEMPTION_SIGNALS)
         if world.should_stop():
             return False
+        for watch in world.watchers:
+            watch(trainer)
         Watch(trainer, stage, world).start()
         trainer.run_train_validation_loop()
         preempted = bool(trainer.step_scheduler.sigterm_flag)

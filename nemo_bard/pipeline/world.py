@@ -84,6 +84,8 @@ class World:
         self.rank = int(os.environ["RANK"]) if under_torchrun() else 0
         self.size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
         self.stop = StopSignal()
+        self.watchers: list[Callable[[Any], object]] = []
+        """Called with every recipe that is ready to train, before it does."""
         self._group: Any = None
 
     @property

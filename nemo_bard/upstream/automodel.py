@@ -278,6 +278,21 @@ def after_step(recipe: Any, call: Callable[[Any], object]) -> None:
     recipe.log_train_metrics = and_call
 
 
+def around_steps(recipe: Any, call: Callable[[list[Any], Callable[[], Any]], Any]) -> None:
+    """Let ``call(batches, run)`` run every optimizer step: ``run()`` does, and what it returns has to be returned.
+
+    A recipe without such a method is left alone.
+    """
+    if (step := getattr(recipe, "_run_train_optim_step", None)) is not None:
+        recipe._run_train_optim_step = lambda batches, *args: call(batches, partial(step, batches, *args))
+
+
+def around_microbatches(recipe: Any, call: Callable[[Callable[[], Any]], Any]) -> None:
+    """Let ``call(run)`` run forward and backward of every microbatch, as in ``around_steps``."""
+    if (run := getattr(recipe, "_forward_backward_step", None)) is not None:
+        recipe._forward_backward_step = lambda *args, **kwargs: call(partial(run, *args, **kwargs))
+
+
 def set_progress_bar(recipe: Any, title: str | None) -> None:
     """Give the progress bar a title; None draws no bar."""
     make = recipe._make_progress_bar
@@ -294,6 +309,11 @@ def set_progress_bar(recipe: Any, title: str | None) -> None:
 def look_for_signal(recipe: Any) -> bool:
     """Ask all ranks whether a signal came; upstream does so only at steps that are no checkpoint steps otherwise."""
     return bool(recipe.step_scheduler.sigterm_received)
+
+
+def end_with_this_step(recipe: Any) -> None:
+    """Let a recipe end when the step is done, as if a signal had come; to be called on all ranks."""
+    recipe.step_scheduler.sigterm_flag = True
 
 
 def release_signals(recipe: Any) -> None:

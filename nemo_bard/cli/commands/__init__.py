@@ -10,6 +10,10 @@ from __future__ import annotations
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("nemo_bard.cli.commands.finetune", "train from a recipe YAML (also: automodel finetune)"),
+    "rehearse": (
+        "nemo_bard.cli.commands.rehearse",
+        "try a chain on the real machines in a few minutes, and measure it",
+    ),
     "convert": ("nemo_bard.cli.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
     "merge": ("nemo_bard.cli.commands.merge", "add LoRA adapters to their base checkpoint"),
     "generate": ("nemo_bard.cli.commands.generate", "answer a prompt, or a file of prompts"),

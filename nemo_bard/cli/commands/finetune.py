@@ -42,6 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         allow_abbrev=False,
         usage="automodel finetune --config FILE_OR_NAME [--nproc-per-node N] [a.b=c ...]",
     )
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what names a recipe and says how many processes run it."""
     parser.add_argument("-c", "--config", required=True, help="YAML file, or the name of a shipped recipe such as pbm")
     parser.add_argument(
         "--nproc-per-node",
@@ -49,7 +55,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         type=int,
         help="processes on this machine (default: one per GPU, 1 without GPUs; under torchrun: as started)",
     )
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
