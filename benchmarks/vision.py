@@ -18,7 +18,7 @@ from _models import add_arguments, bard_config, image_prompt, random_model
 from _report import Results, Row, attempt, environment, table
 
 from nemo_bard import BardVLForConditionalGeneration
-from nemo_bard.cost.estimate import peak_flops, row_flops
+from nemo_bard.cost.count import peak_flops, row_flops
 
 COLUMNS = {
     "images": "images|d",
