@@ -223,6 +223,8 @@ class BlockDiffusionCollator:
         self.keep_bad = False
         """Leave samples that cannot be used out of the batch, which names them in ``rejects``, and what to do about them
         to the recipe, instead of raising ValueError."""
+        self.shortest_row = 1
+        """Rows are padded to at least this many tokens (the recipe's)."""
         self.pixel_dtype = torch.float32
         """Of ``pixel_values``: what the vision tower computes in, which it would cast them to (the recipe's)."""
         self.lengths_file: Path | None = None
@@ -428,7 +430,7 @@ class BlockDiffusionCollator:
             parts[0] = [*parts[0], (self._hidden_image(), PADDING)]
         lengths = [sum(len(sample) for sample, _ in row) for row in parts]
         multiple = self.pad_to_multiple_of
-        length = -(-max(lengths) // multiple) * multiple
+        length = -(-max(*lengths, self.shortest_row) // multiple) * multiple
         names = ("response", "next_response") if self.options.next_token else ("response",)
         offset, responses = 0, {name: [] for name in names}
         for row in parts:

@@ -24,20 +24,37 @@ from nemo_bard.upstream.torch import cpu_attention, cpu_attention_backward
 
 NAME = "bard"
 MAX_FOLDED_QUERIES = 128
+FLEX_GRAPHS = 32
+"""Most graphs of flex_attention in a process; a chain of stages takes about 10 (tests/unit/test_flex.py)."""
 STRIP_QUERIES = 256
 """Queries of a strip of a training row on CPU; shorter rows are not worth cutting."""
 STRIP_KEYS = 64
 """Keys that a strip takes or leaves out together."""
 
 
+def fused_flex(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float | None) -> Any:
+    """flex_attention under a code object of our own, so that nobody else's graphs count as ours."""
+    grouped = query.shape[1] != key.shape[1]
+    return flex_attention(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+
+
+def compile_flex(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
+    """Compile ``fused_flex``.
+
+    Shapes become dynamic once they change, so rows of many lengths share a graph. Beyond ``FLEX_GRAPHS`` graphs a call
+    raises: flex_attention would run uncompiled, with all scores in memory, and say so in a warning only.
+
+    Args:
+        backend: Of ``torch.compile``.
+    """
+    make: Any = torch.compile  # its annotations lack the limit
+    return make(fused_flex, backend=backend, fullgraph=True, recompile_limit=FLEX_GRAPHS)
+
+
 @functools.cache
 def compiled_flex() -> Callable[..., Tensor]:
-    """Return flex_attention compiled (CUDA; it has no CPU backward).
-
-    Shapes become dynamic once they change: rows of many lengths must not reach the limit of recompilations, beyond
-    which flex_attention would run uncompiled, with all scores in memory.
-    """
-    return torch.compile(flex_attention)
+    """``compile_flex`` for all models of a process (CUDA; flex_attention has no CPU backward)."""
+    return compile_flex()
 
 
 def bard_attention(
@@ -71,10 +88,10 @@ def bard_attention(
         return sequence_attention(module, query, key, value, sequences, scaling=scaling, dropout=dropout, **kwargs)
     groups = query.shape[1] // key.shape[1]
     if isinstance(attention_mask, BlockMask):
-        attend = compiled_flex() if query.is_cuda else flex_attention
+        attend = compiled_flex() if query.is_cuda else fused_flex
         # Under autocast the norms of queries and keys leave them in float32; flex_attention wants one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
+        out = attend(query, key, value, attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
     if not isinstance(attention_mask, Tensor) or groups == 1:
         return sdpa_attention_forward(

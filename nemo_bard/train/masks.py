@@ -19,6 +19,8 @@ from nemo_bard.upstream.transformers import attn_implementation, text_section
 
 FLEX_TILE = 128
 """Rows and columns of a tile of a ``BlockMask``; on the flex path rows are padded to a multiple of it."""
+FLEX_SHORTEST_ROW = 2 * FLEX_TILE
+"""A row of a single tile would take a graph of its own."""
 STRIP_TILES = 4
 """Tiles of queries whose pairs exist at once while a ``BlockMask`` is built."""
 

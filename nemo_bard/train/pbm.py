@@ -36,7 +36,7 @@ from nemo_bard.model.modeling import BardVLForConditionalGeneration
 from nemo_bard.train.adapters import draw_adapters, export_merged
 from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import REPLICAS_KEY, check_ar_loss, check_batch_sizes, replicas_of, validate_recipe
-from nemo_bard.train.masks import FLEX_TILE, uses_flex
+from nemo_bard.train.masks import FLEX_SHORTEST_ROW, FLEX_TILE, uses_flex
 from nemo_bard.train.phases import NoiseOfRun
 from nemo_bard.train.settings import PackingSettings, RecipeSettings
 from nemo_bard.train.validation import ValidatedTraining
@@ -129,7 +129,8 @@ class PBMRecipe(ValidatedTraining):
         """Give a collator what only the recipe knows; ``packed`` says that the section ``packing`` is for it."""
         assert isinstance(collate, partial)
         settings: dict[str, Any] = {"options": self._row_options(noise)}
-        if uses_flex(self._model_config, self.dist_env.device):
+        with_flex = uses_flex(self._model_config, self.dist_env.device)
+        if with_flex:
             settings["pad_to_multiple_of"] = math.lcm(collate.keywords.get("pad_to_multiple_of", 1), FLEX_TILE)
         if packed and self.packing.max_length is not None:
             longest = collate.keywords.get("max_length", DEFAULT_MAX_LENGTH)
@@ -138,6 +139,8 @@ class PBMRecipe(ValidatedTraining):
         collator: BlockDiffusionCollator = collate(config=self._model_config, **settings)
         collator.keep_bad = True
         collator.pixel_dtype = self.pixel_dtype
+        if with_flex:
+            collator.shortest_row = FLEX_SHORTEST_ROW
         return collator
 
     def _opened_together(self, split: str, loader: Any) -> OpenedDataloaderConfig:

@@ -241,6 +241,13 @@ def test_pixels_come_in_the_dtype_that_is_asked_for(tiny):
         assert torch.equal(before["pixel_values"].bfloat16(), after["pixel_values"])
 
 
+def test_rows_are_padded_to_the_shortest_that_is_asked_for(tiny):
+    make = collator(tiny, pad_to_multiple_of=128)
+    assert make([sample(0, "hello", "hello you")])["input_ids"].shape == (1, 128)
+    make.shortest_row = 256
+    assert make([sample(0, "hello", "hello you")])["input_ids"].shape == (1, 256)
+
+
 def test_batch_without_any_sample_still_runs_the_vision_tower(tiny):
     batch = collator(tiny, max_length=1)(mixed_samples())
     assert batch["num_samples"] == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,18 +134,14 @@ def checkpointed(model: BardVLForConditionalGeneration) -> BardVLForConditionalG
 def flex_on_cpu(log: PretendCuda, seen: list[torch.device]) -> Any:
     """One kernel's launch that gives what flex_attention would give."""
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, enable_gqa: bool
-    ) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float | None) -> Tensor:
         assert query.dtype == key.dtype == value.dtype
         seen.append(block_mask.kv_num_blocks.device)
         length = query.shape[2]
         with log.kernel("flex_attention"):
             row, order = torch.zeros(1, 1, 1, dtype=torch.int64, device=CUDA), torch.arange(length, device=CUDA)
             allowed = block_mask.mask_mod(row, row, order.view(1, -1, 1), order.view(1, 1, -1)).unsqueeze(1)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=scale, enable_gqa=enable_gqa
-            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=True)
 
     return attend
 
@@ -206,6 +203,18 @@ def test_a_step_waits_as_often_as_it_must(kind: str, autocast: bool, monkeypatch
 )
 def test_batches_are_pinned_where_they_are_copied_to_a_gpu(section: dict[str, bool], device: str, pinned: bool) -> None:
     assert _pins(section, torch.device(device)) == pinned
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")], ids=str)
+def test_collators_fit_the_device(device: torch.device) -> None:
+    model = model_of("pbm")
+    recipe = recipe_of("pbm", model, model, device, autocast=True)
+    recipe.settings, recipe.packing = SimpleNamespace(ar_loss_weight=0), SimpleNamespace(max_length=None)
+    recipe.pixel_dtype = torch.bfloat16
+    collator = recipe._complete(partial(BlockDiffusionCollator, None), NoiseSettings(name="mask"))
+    batch = collator.stack([[]])
+    assert batch["pixel_values"].dtype == torch.bfloat16
+    assert batch["input_ids"].shape[1] == (256 if device == CUDA else 1)
 
 
 def test_flops_of_a_step_are_those_of_its_microbatches() -> None:
