@@ -205,6 +205,7 @@ def test_slow_data_outlasts_every_timeout_and_is_not_looked_at_again(start, tmp_
         recipe = recipe_of(start, data, tmp_path / f"cache{rank}", pack=pack, patience_seconds=4)
         recipe.noise = pbm.NoiseSettings()
         recipe.settings = pbm.RecipeSettings()
+        recipe.pixel_dtype = torch.float32
         recipe.on_bad_sample = pbm.check_on_bad_sample(None)
         context, begun = FirstRankPerNode(), time.monotonic()
         built = recipe.cfg.vlm_dataloader.build(
