@@ -1,5 +1,6 @@
 """A chain as one job on a real Slurm: two nodes, both this host. A worker is killed, then the job gets its signal."""
 
+import json
 import os
 import re
 import shlex
@@ -246,6 +247,26 @@ def test_a_killed_worker_and_a_signal_change_nothing(on_cluster, tmp_path, capsy
     whole = subprocess.run(command, capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert weights(run) == weights(tmp_path / "whole")
+
+
+def test_a_rehearsal_is_one_short_job(on_cluster, tmp_path, capsys):
+    """Both nodes run the chain in small; its folder goes, its findings and its log stay, the run directory is not made."""
+    from nemo_bard.checkpoints.tiny import make_tiny_qwen3_vl
+
+    source, run = make_tiny_qwen3_vl(tmp_path / "tiny"), tmp_path / "run"
+    ours = words(source, run, "launch=slurm", "launch.nodes=2", "launch.partition=pair", "order=[start,pbm_b4]")
+    assert main(["rehearse", "--config", "bard_tiny", *ours]) == 0
+    number = re.search(r"^submitted: job (\d+), output in (\S+)$", capsys.readouterr().out, re.M)
+    log = Path(number[2])
+    assert log.parent == tmp_path / "run.rehearsal"
+    wait_for(lambda: on_cluster(number[1]) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 600, "the end", log)
+    assert on_cluster(number[1]) == "COMPLETED", log.read_text()[-4000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "run.rehearsal", "run.rehearsal.json"}
+    told = json.loads((tmp_path / "run.rehearsal.json").read_text())
+    assert told["network"]["ranks"] == len(told["files"]) == 2
+    assert [stage["name"] for stage in told["stages"]] == ["start", "pbm_b4"]
+    assert told["stages"][1]["resumed"]
+    assert "network   gloo, 2 ranks" in log.read_text()
 
 
 def test_a_cancelled_job_does_not_come_back(on_cluster, tmp_path, capsys):

@@ -76,13 +76,13 @@ def probe_files(world: World, scratch: Path) -> list[FileFindings]:
         held.touch()
     world.barrier()
     with _Holder(held if world.is_main else None) as holder:
-        lock, holding = world.gather((holder.outcome, node))[0]
+        lock = world.gather(holder.outcome)[0]
         found = None
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             found = FileFindings(node=node, sees_folder=False)
             if held.is_file():
-                seen = _try_lock(held) == TAKEN if lock == OK and node != holding else None
-                found = _probe_node(folder, node, lock, seen)
+                seen = _try_lock(held) == TAKEN if lock == OK and not world.is_main else None
+                found = _probe_node(folder / f"rank{world.rank}", node, lock, seen)
         results = [one for one in world.gather(found) if one is not None]
     if world.is_main:
         shutil.rmtree(folder)
@@ -121,9 +121,8 @@ def _try_lock(path: Path) -> str:
         return _flock(file)
 
 
-def _probe_node(folder: Path, node: str, lock: str, seen: bool | None) -> FileFindings:
-    own = folder / node
-    own.mkdir(exist_ok=True)
+def _probe_node(own: Path, node: str, lock: str, seen: bool | None) -> FileFindings:
+    own.mkdir()
     small, other, large = own / "small", own / "other", own / "large"
     fsync = median(_write(small, b"x" * 4096) for _ in range(REPEATS))
     return FileFindings(
@@ -135,7 +134,7 @@ def _probe_node(folder: Path, node: str, lock: str, seen: bool | None) -> FileFi
         hard_links=_tried(lambda: os.link(other, own / "link")),
         fsync_ms=1000 * fsync,
         write_mib_s=PROBED_MIB / _write(large, bytes(PROBED_MIB * MIB)),
-        free_gib=shutil.disk_usage(folder).free / 1024**3,
+        free_gib=shutil.disk_usage(own).free / 1024**3,
     )
 
 
