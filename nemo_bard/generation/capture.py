@@ -52,7 +52,7 @@ class Captured:
     def _capture(self) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self.state]
         try:
-            with _CAPTURING:
+            with _CAPTURING, torch.cuda.device(self.state[0].device):
                 current, side = torch.cuda.current_stream(), torch.cuda.Stream()
                 side.wait_stream(current)
                 with torch.cuda.stream(side):

@@ -409,6 +409,8 @@ def _patches(log: PretendCuda) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "is_available", lambda: log.available
     yield cuda, "current_device", lambda: 0
     yield cuda, "set_device", lambda device: None
+    yield cuda, "_exchange_device", lambda index: 0
+    yield cuda, "_maybe_exchange_device", lambda index: 0
     yield cuda, "device_count", lambda: 1
     yield cuda, "get_device_capability", lambda device=None: (9, 0)
     yield cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3"
