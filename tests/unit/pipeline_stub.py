@@ -1,5 +1,6 @@
 """A recipe that trains one number, with the interface and the files of NeMo AutoModel's recipes."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,7 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+
+STEPS, EVERY = 5, 2
 
 
 class KilledError(BaseException):
@@ -134,3 +138,47 @@ class Log:
         self.lines = []
 
     close = flush
+
+
+def write_chain(folder):
+    """Configuration of a user's own: a pipeline of two stages in ./conf, a recipe, and a start."""
+    start = folder / "start"
+    start.mkdir()
+    (start / "config.json").write_text('{"model_type": "bard_vl", "block_size": 4}')
+    save_file({"weight": torch.tensor([1.0])}, start / "model.safetensors")
+    (folder / "stub.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "recipe": "pipeline_stub.StubRecipe",
+                "model": {"pretrained_model_name_or_path": None, "block_size": None},
+                "optimizer": {"lr": 0.1},
+                "step_scheduler": {"global_batch_size": 4, "local_batch_size": 2, "max_steps": STEPS},
+            }
+        )
+    )
+    (folder / "conf" / "pipeline").mkdir(parents=True)
+    stage = {"recipe": "stub.yaml", "data": False, "evaluate": False, "ckpt_every_steps": EVERY}
+    pipeline = {
+        "defaults": [
+            {"/stage@stage.a": "pbm"},
+            {"/stage@stage.b": "pbm"},
+            {"override /data": "digits"},
+            {"override /model": "tiny"},
+        ],
+        "name": "stub",
+        "order": ["a", "b"],
+        "stage": {"a": {**stage, "block_size": 4, "init": str(start)}, "b": {**stage, "block_size": 8}},
+        "evaluation": {"data": None},
+    }
+    (folder / "conf" / "pipeline" / "stub.yaml").write_text("# @package _global_\n" + yaml.safe_dump(pipeline))
+    (folder / "chain.yaml").write_text("recipe: nemo_bard.pipeline.Pipeline\npipeline: stub\n")
+    return folder
+
+
+def tree(folder):
+    """Every file with its content, but for the lock."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

@@ -3,7 +3,6 @@
 import copy
 import errno
 import gc
-import hashlib
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pipeline_stub import KilledError, StubRecipe
+from pipeline_stub import EVERY, STEPS, KilledError, StubRecipe, tree, write_chain
 from safetensors.torch import save_file
 from torch import tensor
 
@@ -22,8 +21,6 @@ from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.status import read_status, render
 from nemo_bard.report.run import read_lines, read_run
-
-STEPS, EVERY = 5, 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,39 +50,8 @@ def _clean(monkeypatch):
 
 @pytest.fixture
 def chain(tmp_path, monkeypatch):
-    """Configuration of a user's own: a pipeline of two stages in ./conf, a recipe, and a start."""
     monkeypatch.chdir(tmp_path)
-    start = tmp_path / "start"
-    start.mkdir()
-    (start / "config.json").write_text('{"model_type": "bard_vl", "block_size": 4}')
-    save_file({"weight": tensor([1.0])}, start / "model.safetensors")
-    (tmp_path / "stub.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "recipe": "pipeline_stub.StubRecipe",
-                "model": {"pretrained_model_name_or_path": None, "block_size": None},
-                "optimizer": {"lr": 0.1},
-                "step_scheduler": {"global_batch_size": 4, "local_batch_size": 2, "max_steps": STEPS},
-            }
-        )
-    )
-    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
-    stage = {"recipe": "stub.yaml", "data": False, "evaluate": False, "ckpt_every_steps": EVERY}
-    pipeline = {
-        "defaults": [
-            {"/stage@stage.a": "pbm"},
-            {"/stage@stage.b": "pbm"},
-            {"override /data": "digits"},
-            {"override /model": "tiny"},
-        ],
-        "name": "stub",
-        "order": ["a", "b"],
-        "stage": {"a": {**stage, "block_size": 4, "init": str(start)}, "b": {**stage, "block_size": 8}},
-        "evaluation": {"data": None},
-    }
-    (tmp_path / "conf" / "pipeline" / "stub.yaml").write_text("# @package _global_\n" + yaml.safe_dump(pipeline))
-    (tmp_path / "chain.yaml").write_text("recipe: nemo_bard.pipeline.Pipeline\npipeline: stub\n")
-    return tmp_path
+    return write_chain(tmp_path)
 
 
 def run(*words):
@@ -106,15 +72,6 @@ def no_report(monkeypatch):
 
 def weights(run_dir="runs/stub"):
     return {name: (Path(run_dir) / name / "export" / "model.safetensors").read_bytes() for name in "ab"}
-
-
-def tree(folder):
-    """Every file with its content, but for the lock."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 @pytest.fixture

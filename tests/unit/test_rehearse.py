@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from pipeline_stub import StubRecipe
+from pipeline_stub import StubRecipe, tree, write_chain
 
 from nemo_bard.base.paths import conf_dir, find_recipe
 from nemo_bard.cli.app import main
@@ -398,8 +398,6 @@ def compose_once(words):
 
 @pytest.fixture
 def chain(tmp_path, monkeypatch):
-    from test_pipeline import chain as make
-
     importlib.import_module("nemo_bard.train.swd")
 
     COMPOSED.clear()
@@ -408,7 +406,8 @@ def chain(tmp_path, monkeypatch):
     monkeypatch.setattr("nemo_bard.pipeline.run.write_report", lambda run_dir: (run_dir / "report.html").touch())
     monkeypatch.setattr("nemo_bard.pipeline.rehearse.run.write_report", lambda run_dir: None)
     monkeypatch.setattr(probes, "PROBED_MIB", 1)
-    yield make.__wrapped__(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    yield write_chain(tmp_path)
     gc.unfreeze()
 
 
@@ -433,8 +432,6 @@ def test_every_stage_is_stopped_and_goes_on_and_nothing_stays_but_the_result(cha
 
 
 def test_a_run_directory_stays_as_it_is(chain):
-    from test_pipeline import tree
-
     assert main(["finetune", "--config", "chain.yaml", "stage.a.max_steps=1", "stage.b.max_steps=1"]) == 0
     before = tree(chain / "runs" / "stub")
     assert rehearse() == 0
