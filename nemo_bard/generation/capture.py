@@ -27,10 +27,20 @@ class Captured:
         state: All tensors that it writes to and reads later, in place; warm-ups leave them as they were.
         pool: Memory that graphs share which never run at the same time.
         enabled: Whether to record at all.
+        on_failure: Called if recording fails, before anything else runs.
     """
 
-    def __init__(self, run: Callable[[], None], state: Sequence[Tensor], *, pool: GraphPool, enabled: bool) -> None:
+    def __init__(
+        self,
+        run: Callable[[], None],
+        state: Sequence[Tensor],
+        *,
+        pool: GraphPool,
+        enabled: bool,
+        on_failure: Callable[[], None],
+    ) -> None:
         self.run, self.state, self.pool, self.enabled = run, state, pool, enabled
+        self.on_failure = on_failure
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -40,10 +50,9 @@ class Captured:
                 self.graph = self._capture()
             except Exception as error:  # whatever a driver, a compiler or a strategy raises, decoding goes on
                 self.enabled = False
+                self.on_failure()
                 reason = " ".join(str(error).split())
-                logger.warning(
-                    "decoding runs without a CUDA graph, several times slower: capturing failed (%s)", reason
-                )
+                logger.warning("decoding runs without a CUDA graph, which is slower: capturing failed (%s)", reason)
         if self.graph is None:
             self.run()
         else:

@@ -130,9 +130,20 @@ class Runner:
         self.offsets = torch.arange(settings.block_size, device=self.device)
         pool, captures = GraphPool(), settings.compile_step and self.device.type == "cuda"
         self.steps = {
-            wide: Captured(partial(self._step, wide), self.state.tensors(), pool=pool, enabled=captures)
+            wide: Captured(
+                partial(self._step, wide),
+                self.state.tensors(),
+                pool=pool,
+                enabled=captures,
+                on_failure=self._without_compiler,
+            )
             for wide in (False, True)
         }
+
+    def _without_compiler(self) -> None:
+        """Go on with kernels that need no compiler, which may be what failed."""
+        if isinstance(self.text, FusedText):
+            self.text.kernels = Kernels()
 
     # ------------------ one step ------------------
     def step(self, *, wide: bool) -> None:

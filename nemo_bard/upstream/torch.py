@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -202,11 +203,20 @@ def own_weight(module: nn.Module) -> bool:
     return module.weight.is_floating_point() and not isinstance(module.weight, DTensor) and not module.weight.is_meta
 
 
+_JOINING = threading.Lock()
+
+
 def join_weights(*modules: nn.Module) -> Tensor:
     """Make the weights of linear layers one tensor, ``[sum of outputs, inputs]``; the layers keep their parts of it.
 
-    The parameters stay the same objects, with the same values, in other memory. Joined before, they are left alone.
+    The parameters stay the same objects, with the same values, in other memory. Joined before, they are left alone. No other
+    thread may compute with them meanwhile, but any number may join them.
     """
+    with _JOINING:
+        return _join(modules)
+
+
+def _join(modules: tuple[nn.Module, ...]) -> Tensor:
     import torch
 
     weights: list[Any] = [module.weight for module in modules]

@@ -263,19 +263,27 @@ def test_one_graph_for_each_shape(recorders, model, batch):
     assert len(recorders) == 1
 
 
-def test_a_capture_that_fails_gives_one_warning_and_the_same_ids(model, batch, monkeypatch, caplog):
+@pytest.mark.parametrize("what", ["no CUDA", "no compiler"])
+def test_a_capture_that_fails_gives_one_warning_and_the_same_ids(what, model, batch, monkeypatch, caplog):
+    """There is no CUDA here, so it fails for real; a compiler that does not work is no reason to end either."""
     from nemo_bard.generation import capture, runner
+    from nemo_bard.generation.kernels import Kernels
 
     class Failing(capture.Captured):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "enabled": True})
 
+    def broken(*_):
+        raise RuntimeError("no working C compiler")
+
     expected = decode(model, batch, decode_path="plain")
     monkeypatch.setattr(runner, "Captured", Failing)
+    if what == "no compiler":
+        kernels = Kernels(norm=broken, add_norm=broken, rotate=broken, gate=broken)
+        monkeypatch.setattr(Kernels, "compiled", classmethod(lambda cls: kernels))
+    settings = {"decode_path": "graph", "compile_step": what == "no compiler"}
     with caplog.at_level(logging.WARNING):
-        output, again = (
-            decode(model, batch, decode_path="graph") for _ in range(2)
-        )  # there is no CUDA: fails for real
+        output, again = (decode(model, batch, **settings) for _ in range(2))
     assert output.sequences.tolist() == again.sequences.tolist() == expected.sequences.tolist()
     assert len([record for record in caplog.records if "without a CUDA graph" in record.message]) == 1
 
