@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from nemo_bard.generation.products import TURNED
 from nemo_bard.generation.session import BlockCache, Session
 from nemo_bard.method.layout import CONTEXT, NOISY, TokenIds, attention_mask
 
@@ -35,8 +36,8 @@ class Engine(Protocol):
     """Whether ``advance`` spends a forward on the commit alone; statistics count it."""
     forwards: int
     """Forwards of the language model so far, the prompt's included."""
-    # An engine may also have ``fixed_rows = True`` (``select`` is never called then) and ``attention``, the name of the backend
-    # that its view of the model has in place of the model's.
+    # An engine may also have ``fixed_rows = True`` (``select`` is never called then), ``attention``, the name of the backend
+    # that its view of the model has in place of the model's, and ``layers``, classes that take the place of others there.
 
     def __init__(self, session: Session) -> None: ...
 
@@ -103,9 +104,10 @@ class BlockEngine:
 
 
 class FastEngine(BlockEngine):
-    """In-place cache, merged commits, LM head where wanted."""
+    """In-place cache, merged commits, LM head where wanted, products that suit a CPU."""
 
     separate_commits = False
+    layers = TURNED
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)

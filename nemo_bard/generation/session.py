@@ -163,7 +163,8 @@ class Session:
     def __init__(self, model: DecodableModel, prompt: Prompt, settings: DecodeSettings) -> None:
         self.prompt, self.settings = prompt, settings
         attention = getattr(settings.engine, "attention", None)
-        self.model = view(model, model.decoding_attention, text_attention=attention)
+        classes = getattr(settings.engine, "layers", None)
+        self.model = view(model, model.decoding_attention, text_attention=attention, classes=classes)
         """The model in evaluation mode with the attention backend of decoding."""
         self._shared = model
         self._borrowed: list[Kept] = []

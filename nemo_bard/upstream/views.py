@@ -10,20 +10,23 @@ transformers' configurations (until a forward takes its backend as an argument),
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 M = TypeVar("M")
+Classes = Mapping[type[nn.Module], type[nn.Module]]
 
 
-def view(model: M, attention: str, *, text_attention: str | None = None) -> M:
+def view(model: M, attention: str, *, text_attention: str | None = None, classes: Classes | None = None) -> M:
     """Copy the modules of a model, in evaluation mode and with another attention backend.
 
     Args:
         model: A transformers model whose ``config`` has a ``text_config`` and may have a ``vision_config``; not modified.
         attention: Name of the backend.
         text_attention: Another one for the language model.
+        classes: What the copy of a module of exactly this class becomes, a subclass of it.
 
     Returns:
         The copy. Parameters and hooks are the model's own, whatever happens to them; buffers are the same tensors until a
@@ -38,19 +41,19 @@ def view(model: M, attention: str, *, text_attention: str | None = None) -> M:
             part._attn_implementation_internal = (text_attention if name == "text_config" else None) or attention
             configs[id(getattr(config, name))] = part
             setattr(config, name, part)
-    return _copy(root, configs, {})
+    return _copy(root, configs, classes or {}, {})
 
 
-def _copy(module: nn.Module, configs: dict[int, Any], done: dict[int, Any]) -> Any:
+def _copy(module: nn.Module, configs: dict[int, Any], classes: Classes, done: dict[int, Any]) -> Any:
     if id(module) in done:
         return done[id(module)]
-    twin = done[id(module)] = object.__new__(type(module))
+    twin = done[id(module)] = object.__new__(classes.get(type(module), type(module)))
     fields = dict(module.__dict__)
     fields["training"] = False
     fields["_compiled_call_impl"] = None
     fields["_buffers"] = dict(module._buffers)
     fields["_modules"] = {
-        name: None if child is None else _copy(child, configs, done) for name, child in module._modules.items()
+        name: None if child is None else _copy(child, configs, classes, done) for name, child in module._modules.items()
     }
     if "config" in fields:
         fields["config"] = configs.get(id(fields["config"]), fields["config"])
