@@ -40,6 +40,10 @@ class MediaSource:
     """File, or None if the bytes are in the line."""
     encoded: str | None = None
     """Base64 text of the bytes, or None."""
+    data: bytes | None = None
+    """The bytes themselves, or None."""
+    size: tuple[int, int] | None = None
+    """Width and height, where they are known and nothing else is."""
 
     def open_image(self, *, header_only: bool = False) -> Image.Image:
         """Read the image as RGB, turned upright by its EXIF tag.
@@ -50,12 +54,16 @@ class MediaSource:
         Raises:
             ValueError: If it is missing or not readable as an image.
         """
+        if header_only and self.size is not None:
+            return Image.new("1", self.size)
         name = str(self.path) if self.path is not None else "given as bytes"
         if self.path is not None and not self.path.is_file():
             raise ValueError(f"image file {name} does not exist")
         try:
             if self.path is not None:
                 stream: Any = self.path
+            elif self.data is not None:
+                stream = io.BytesIO(self.data)
             else:
                 stream = io.BytesIO(base64.b64decode("".join((self.encoded or "").split()), validate=True))
             with Image.open(stream) as image:
@@ -181,7 +189,11 @@ def _split_placeholders(
 
 
 def _media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:
-    """Read a path, a data URI, base64 text, or an object that holds one of them."""
+    """Read a path, a data URI, base64 text, bytes, or an object that holds one of them."""
+    if isinstance(entry, MediaSource):
+        return entry
+    if isinstance(entry, bytes) and kind == "image":
+        return MediaSource(kind, data=entry)
     if isinstance(entry, dict):
         given = {key: entry[key] for key in _SOURCE_KEYS[kind] if entry.get(key) is not None}
         for key in ("bytes", "base64"):
