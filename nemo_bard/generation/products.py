@@ -1,9 +1,8 @@
 """Products of a few tokens with a weight, on a CPU.
 
-MKL multiplies ``x [K, H]`` by ``weight [V, H]`` transposed at half its speed or less while ``K`` is as small as a block. The same
-product the other way round, ``weight @ x^T``, with ``K`` filled up to whole vectors, is up to 1.9 times as fast and, as
-each sum still runs over ``H`` in the same order, gave the same bits wherever it was measured (2 AMD EPYC cores; see
-``benchmarks/README.md``). Layers of a view of the model become these where an engine asks for it (``Engine.layers``).
+MKL multiplies ``x [K, H]`` by ``weight [V, H]`` transposed slowly while ``K`` is as small as a block. The same product the other
+way round, ``weight @ x^T`` with ``K`` filled up to whole vectors, is faster, and gave the same bits wherever it was measured
+(figures: ``benchmarks/README.md``). An engine says in ``layers`` that its view of the model has such layers.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.nn.functional import linear, pad
 from nemo_bard.method.chunked import OutputHead
 
 FEWEST_ROWS, MOST_ROWS = 4, 320
-"""Tokens for which the turned product is the faster one."""
+"""Tokens for which the turned product was never the slower one."""
 VECTOR = 16
 """Float32 numbers of a vector of AVX-512; tokens are filled up to a multiple of it."""
 

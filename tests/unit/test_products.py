@@ -77,6 +77,26 @@ def test_view_has_turned_layers_and_the_model_keeps_its_own():
     assert called == [1, 1]
 
 
+@pytest.mark.parametrize(("path", "turned"), [("fast", True), ("plain", False)])
+def test_the_fast_engine_turns_products_and_the_oracle_does_not(path, turned, monkeypatch):
+    from nemo_bard import BardVLForConditionalGeneration
+
+    seen = set()
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (seen.add("torch"), own(self, x))[1])
+    monkeypatch.setattr(TurnedLinear, "forward", lambda self, x: (seen.add("turned"), own(self, x))[1])
+    model = BardVLForConditionalGeneration.from_pretrained(GOLDEN / "models/tiny_untied").eval()
+    model.generate(
+        torch.tensor([[5, 6, 7, 8]]),
+        max_new_tokens=8,
+        block_size=8,
+        mask_token_id=509,
+        eos_token_id=-1,
+        decode_path=path,
+    )
+    assert seen == {"turned" if turned else "torch"}
+
+
 def test_head_still_hands_its_weight_to_a_function():
     head = TurnedHead(8, 5, bias=False)
     x = torch.randn(6, 8)
