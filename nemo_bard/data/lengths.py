@@ -134,8 +134,14 @@ class SampleSizes:
             raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); delete it") from error
 
 
-class _Outliner:
-    """From the number of a sample to its outline."""
+class Outliner:
+    """From the number of a sample to its outline.
+
+    Args:
+        dataset: Sized and map-style, perhaps with ``peek``.
+        collator: What will lay the samples out.
+        drop_bad: Give a sample that cannot be used a response of ``UNKNOWN_LENGTH`` instead of raising.
+    """
 
     def __init__(self, dataset: Any, collator: BlockDiffusionCollator, *, drop_bad: bool) -> None:
         self.collator, self.drop_bad = collator, drop_bad
@@ -183,7 +189,7 @@ def measure(
         ValueError: If a sample cannot be trained on; names it.
         RunError: As ``Ranks.exchange``.
     """
-    outline = _Outliner(dataset, collator, drop_bad=drop_bad)
+    outline = Outliner(dataset, collator, drop_bad=drop_bad)
     parts = deal_out(
         outline,
         len(dataset),

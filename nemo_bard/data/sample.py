@@ -42,15 +42,46 @@ class Sample:
     """Absolute paths."""
 
 
+KINDS = {
+    "unreadable_file": "the rest of a file cannot be read",
+    "unreadable_row": "a row cannot be read",
+    "bad_json": "a line or member is not JSON",
+    "not_utf8": "a line or member is not UTF-8",
+    "bad_member": "a member of an archive is missing or out of place",
+    "layout": "the row does not fit the layout",
+    "messages": "turns that are not as they must be",
+    "unknown_role": "a turn of somebody who is not system, user or assistant",
+    "missing_text": "a turn without text",
+    "empty_answer": "an answer of the assistant is empty",
+    "no_answer": "no turn of the assistant",
+    "reserved_token": "a text holds a token that the chat template reserves",
+    "bad_text": "a text that cannot be encoded",
+    "placeholders": "placeholders and media do not match",
+    "null_image": "an image is null",
+    "missing_image": "an image file does not exist",
+    "empty_image": "an image of zero bytes",
+    "corrupt_image": "an image cannot be decoded to its end",
+    "animated_image": "an image of several frames",
+    "pixel_format": "an image whose pixels have no eight-bit meaning",
+    "too_many_pixels": "an image beyond the limit of pixels",
+    "too_narrow": "an image more than 200 times as long as wide",
+    "missing_video": "a video file does not exist",
+    "unreadable_video": "a video cannot be read",
+    "duplicate": "the same images and text as an earlier row",
+}
+"""Why rows are left out: kind -> meaning."""
+
+
 class RejectedError(ValueError):
     """A row that cannot be trained on.
 
     Args:
-        kind: A word that rejects are counted by, such as ``corrupt_image``.
+        kind: One of ``KINDS``, by which rejects are counted.
         reason: One line for a person.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
+        assert kind in KINDS, kind
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 

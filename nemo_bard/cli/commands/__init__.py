@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("nemo_bard.cli.commands.evaluate", "score a checkpoint on a data set, with its speed"),
     "calibrate": ("nemo_bard.cli.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),
     "plan": ("nemo_bard.cli.commands.plan", "estimate memory, time per step and days of a training run"),
+    "data": ("nemo_bard.cli.commands.data", "prepare, show and check data sets"),
     "settings": ("nemo_bard.cli.commands.settings", "list every setting with default, allowed values and meaning"),
     "status": ("nemo_bard.cli.commands.status", "tell how far a pipeline's run is"),
     "doctor": ("nemo_bard.cli.commands.doctor", "check the installation and say how to repair it"),
