@@ -148,6 +148,7 @@ class Outliner:
         self.read = getattr(dataset, "peek", dataset.__getitem__)
 
     def __call__(self, index: int) -> Outline:
+        """The outline of a sample."""
         try:
             return self.collator.outline(self.read(index))
         except ERRORS:
