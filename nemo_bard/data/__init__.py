@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
         "DigitsDataset": "digits",
         "JsonlDataset": "jsonl",
         "MediaSource": "conversation",
+        "MixtureDataset": "mixture.dataset",
         "PackedDataset": "packing",
         "make_digits": "digits",
         "make_jsonl": "jsonl",
