@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
         "MediaSource": "conversation",
         "MixtureDataset": "mixture.dataset",
         "PackedDataset": "packing",
+        "PreparedDataset": "prepared.dataset",
+        "RowsDataset": "rows",
         "make_digits": "digits",
         "make_jsonl": "jsonl",
         "open_dataset": "readers",
