@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from nemo_automodel.components.training.rng import init_all_rng
 
-from nemo_bard.base.errors import short
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered
 from nemo_bard.train.recipe_file import read_yaml
 from nemo_bard.train.validation import ValidatedTraining
@@ -61,11 +60,11 @@ class DataStream:
         if not differing:
             return
         first, *others = differing
-        before, now = (one.get(first, "not there") for one in (state, self.identity))
+        before, now = (one.get(first, "nothing") for one in (state, self.identity))
         more = f" (and so {'do' if len(others) > 1 else 'does'} {', '.join(others)})" if others else ""
         raise ValueError(
-            f"{first} differs from that of the checkpoint's run{more}: {short(before)} then, {short(now)} now; the samples of"
-            " its next steps would be others: set it back, or start anew in another checkpoint.checkpoint_dir"
+            f"{first} differs from that of the checkpoint's run{more}: {_one_line(before)} then, {_one_line(now)} now; samples"
+            " or noise of the next steps would be others: set it back, or start anew in another checkpoint.checkpoint_dir"
         )
 
 
@@ -166,6 +165,10 @@ class ResumedTraining(ValidatedTraining):
             )
         scheduler.epoch = epoch
         cast("StreamSampler", self.dataloader.sampler).begin_at(epoch, step)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def settings_of(get: Callable[[str, Any], Any]) -> dict[str, str]:

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
 from nemo_automodel.components.datasets.vlm.loader import VlmCollatorConfig
-from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.components.training.step_scheduler import StepScheduler
 
 from nemo_bard.data.chosen import ChosenSamples
@@ -18,7 +16,7 @@ from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.packing import PackedDataset, Packs
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered
 from nemo_bard.train.resume import DataStream, ResumedTraining
-from nemo_bard.upstream.recipe import OpenedDataloaderConfig, VLMRecipe
+from nemo_bard.upstream.recipe import OpenedDataloaderConfig
 
 GLOBAL, STEPS = 8, 12
 SIZE = 43
