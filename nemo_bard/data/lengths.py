@@ -236,7 +236,7 @@ def measured_once(
             logger.warning("%s has no fingerprint(): its samples are measured at every start", name)
         return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks), None
     doing = "reading measured lengths"
-    path = ranks.on_first(lambda: cache_dir / lengths_name(dataset, collator), doing)
+    path = ranks.on_first(lambda: cache_dir / lengths_name(dataset.fingerprint(), collator), doing)
     sizes = ranks.on_first(lambda: kept_sizes(path, len(dataset)), doing)
     if sizes is not None and (drop_bad or not sizes.has_unknown()):
         return sizes, path
@@ -260,16 +260,15 @@ def kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
     return sizes
 
 
-def lengths_name(dataset: Any, collator: BlockDiffusionCollator, *, processor: str | None = None) -> str:
-    """Name of the file with the lengths of a data set, as a collator's processor makes them.
+def lengths_name(fingerprint: str, collator: BlockDiffusionCollator, *, processor: str | None = None) -> str:
+    """Name of the file that holds the sizes of a data set's samples.
 
     Args:
-        dataset: With ``fingerprint()``.
-        collator: What will lay the samples out.
-        processor: ``processor_digest`` of it, for who asks for many names.
+        fingerprint: The data set's.
+        collator: What measured, or will measure, them.
+        processor: Its ``processor_digest``, for who asks for many names.
     """
-    parts = (FORMAT, dataset.fingerprint(), processor or processor_digest(collator))
-    return f"lengths-{_digest(parts)[:16]}.npz"
+    return f"lengths-{_digest((FORMAT, fingerprint, processor or processor_digest(collator)))[:16]}.npz"
 
 
 def processor_digest(collator: BlockDiffusionCollator) -> str:

@@ -6,6 +6,7 @@ whichever rows they get. Which samples share a row is fixed for a run; a data lo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.data.lengths import UNKNOWN_LENGTH
 from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.row_lengths import measured_rows
+from nemo_bard.data.stream import identity_of, is_ordered
 from nemo_bard.data.windows import pack_window
 
 logger = logging.getLogger(__name__)
@@ -121,11 +123,6 @@ def _edges(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def is_ordered(dataset: Any) -> bool:
-    """Whether a data set says, by ``ordered``, that nothing may shuffle its samples."""
-    return bool(getattr(dataset, "ordered", False))
-
-
 class PackedDataset:
     """A map-style data set whose items are rows: lists of another one's items.
 
@@ -136,14 +133,15 @@ class PackedDataset:
 
     def __init__(self, dataset: Any, packs: Packs) -> None:
         self.dataset, self.packs = dataset, packs
-
-    @property
-    def ordered(self) -> bool:
-        """Whether the order of the rows is to be kept: that of the data set is."""
-        return is_ordered(self.dataset)
+        self.ordered = is_ordered(dataset)
 
     def __len__(self) -> int:
         return len(self.packs)
+
+    def identity(self) -> dict[str, str]:
+        """What the rows depend on: the data set's own identity, and which samples share a row."""
+        digest = hashlib.sha256(self.packs.edges.tobytes() + self.packs.members.tobytes()).hexdigest()
+        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest[:16]}"}
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         """Return the samples of a row.

@@ -48,8 +48,9 @@ def measured_rows(
 ) -> RowLengths:
     """``lengths.measured_once``, for the rows of a collator.
 
-    A data set with ``measured_parts()`` repeats samples of others (``mixture.MixtureDataset``): each of these is measured
-    once, and its lengths are kept in its own ``folder``; in ``cache_dir`` if that cannot be written.
+    A data set with ``measured_parts()`` is made of sources of a prepared folder, or, where ``measured_index()`` is not
+    None, repeats samples of them: each source is measured once, and its lengths are kept in its own folder, or in
+    ``cache_dir`` if that cannot be written.
 
     Args:
         dataset: See ``lengths.measured_once``.
@@ -74,12 +75,10 @@ def measured_rows(
     ranks = ranks or Ranks()
     of_part = _of_part(collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
     parts = [of_part(part) for part in dataset.measured_parts()]
-    index = dataset.measured_index()
-    return RowLengths(
-        lengths=np.concatenate([part.lengths for part in parts])[index],
-        vision_tokens=np.concatenate([part.vision_tokens for part in parts])[index],
-        file=dataset.path,
-    )
+    lengths, vision = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "vision_tokens"))
+    if (index := dataset.measured_index()) is not None:
+        lengths, vision = lengths[index], vision[index]
+    return RowLengths(lengths=lengths, vision_tokens=vision, file=dataset.path)
 
 
 class _Numbered:
@@ -108,7 +107,7 @@ def _of_part(
     processor = ranks.on_first(lambda: processor_digest(collator), doing)
 
     def kept(source: Any) -> RowLengths | None:
-        name = lengths_name(source, collator, processor=processor)
+        name = lengths_name(source.fingerprint(), collator, processor=processor)
         for path in (source.folder / name, cache_dir / name):
             sizes = kept_sizes(path, len(source))
             if sizes is not None and (drop_bad or not sizes.has_unknown()):
@@ -119,7 +118,7 @@ def _of_part(
         if (rows := ranks.on_first(lambda: kept(source), doing)) is not None:
             return rows
         sizes = measure(_Numbered(source), collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
-        name = lengths_name(source, collator, processor=processor)
+        name = lengths_name(source.fingerprint(), collator, processor=processor)
         path = ranks.on_first(lambda: _write(sizes, (source.folder, cache_dir), name), "writing measured lengths")
         logger.info("lengths of %d samples of %s written to %s", len(sizes), source.entry.name, path)
         return _compact(RowLengths.of(sizes, collator, path))
