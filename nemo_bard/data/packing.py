@@ -99,7 +99,9 @@ def plan_packs(
     for start in tqdm(range(0, len(order), window), desc="packing", unit="window", disable=None, delay=2):
         taken = np.concatenate([waiting, order[start : start + window]])
         is_last = start + window >= len(order)
-        row_of = pack_window(lengths[taken], vision_tokens[taken], max_length, leave_over=not is_last)
+        row_of = pack_window(
+            lengths[taken], vision_tokens[taken], max_length, leave_over=not is_last, waited=len(waiting)
+        )
         waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
         if mix_rows and len(row_of):
             row_of = np.random.default_rng([seed, start]).permutation(row_of.max() + 1)[row_of]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from nemo_bard.data.mixture.order import blend
-from nemo_bard.data.mixture.shares import read_shares
-from nemo_bard.data.prepared.layout import MANIFEST, load_manifest
+from nemo_bard.data.mixture.shares import Shares, read_shares
+from nemo_bard.data.prepared.layout import MANIFEST, Manifest, load_manifest
 from nemo_bard.data.prepared.source import PreparedSource
 
 logger = logging.getLogger(__name__)
@@ -47,17 +47,31 @@ class MixtureDataset:
         samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        self.manifest, self.shares = self.check_settings(path, sources, samples, seed)
         self.path, self.seed = Path(path), seed
-        self.manifest = load_manifest(self.path)
-        self.shares = read_shares(self.manifest, self.path, sources, samples)
         self.sources = [PreparedSource(self.path, entry) for entry in self.shares.sources]
         ends = np.cumsum([entry.rows for entry in self.manifest.sources])
         self._num_rows = int(ends[-1])
         firsts = {entry.name: int(end) - entry.rows for entry, end in zip(self.manifest.sources, ends, strict=True)}
         self._firsts = np.array([firsts[entry.name] for entry in self.shares.sources], dtype=np.int64)
         self._draws = self._draw()
+
+    @staticmethod
+    def check_settings(
+        path: str | Path, sources: Mapping[str, Any] | None = None, samples: int | None = None, seed: int = 0
+    ) -> tuple[Manifest, Shares]:
+        """Check all settings, without planning the draws.
+
+        Returns:
+            What the folder holds, and what is to be drawn.
+
+        Raises:
+            ValueError: As ``MixtureDataset``.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        manifest = load_manifest(Path(path))
+        return manifest, read_shares(manifest, Path(path), sources, samples)
 
     @staticmethod
     def input_files(path: str, **_: Any) -> dict[str, Path]:
