@@ -90,35 +90,40 @@ def plan_packs(
             f" {lengths.min()}"
         )
     assert lengths[fits].max() <= max_length
-    order = np.flatnonzero(fits)
-    if shuffle:
-        order = np.random.default_rng(seed).permutation(order)
-    members: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    waiting = order[:0]
+    order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    waiting = others = order[:0]
     for start in tqdm(range(0, len(order), window), desc="packing", unit="window", disable=None, delay=2):
-        taken = np.concatenate([waiting, order[start : start + window]])
-        is_last = start + window >= len(order)
+        new = order[start : start + window]
+        taken, others = np.concatenate([waiting, new[fits[new]]]), np.concatenate([others, new[~fits[new]]])
+        if not len(taken):
+            continue
         row_of = pack_window(
-            lengths[taken], vision_tokens[taken], max_length, leave_over=not is_last, waited=len(waiting)
+            lengths[taken],
+            vision_tokens[taken],
+            max_length,
+            leave_over=start + window < len(order),
+            waited=len(waiting),
         )
         waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
-        if mix_rows and len(row_of):
-            row_of = np.random.default_rng([seed, start]).permutation(row_of.max() + 1)[row_of]
-        members.append(taken[np.argsort(row_of, kind="stable")])
-        counts.append(np.bincount(row_of))
-    sizes = np.concatenate(counts)
-    packs = Packs(edges=_edges(sizes[sizes > 0]), members=np.concatenate(members))
-    return packs if fits.all() else _with_others(packs, np.flatnonzero(~fits))
+        if len(taken):
+            dice = np.random.default_rng([seed, start]) if mix_rows else None
+            rows.append(_rows_of(taken, row_of, others, dice))
+            others = others[:0]
+    members, sizes = (np.concatenate(part) for part in zip(*rows, strict=True))
+    sizes[-1] += len(others)
+    return Packs(edges=_edges(sizes), members=np.concatenate([members, others]))
 
 
-def _with_others(packs: Packs, others: np.ndarray) -> Packs:
-    """Deal samples out evenly among the rows."""
-    rows = np.arange(len(others)) * len(packs) // len(others)
-    sizes = np.diff(packs.edges)
-    row_of = np.concatenate([np.repeat(np.arange(len(packs)), sizes), rows])
-    members = np.concatenate([packs.members, others])[np.argsort(row_of, kind="stable")]
-    return Packs(edges=_edges(sizes + np.bincount(rows, minlength=len(packs))), members=members)
+def _rows_of(
+    samples: np.ndarray, row_of: np.ndarray, others: np.ndarray, dice: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, ``others`` dealt out evenly among them, and how many each row has."""
+    used, row_of = np.unique(row_of, return_inverse=True)
+    if dice is not None:
+        row_of = dice.permutation(len(used))[row_of]
+    row_of = np.concatenate([row_of, np.arange(len(others)) * len(used) // max(len(others), 1)])
+    return np.concatenate([samples, others])[np.argsort(row_of, kind="stable")], np.bincount(row_of)
 
 
 def _edges(sizes: np.ndarray) -> np.ndarray:
