@@ -65,8 +65,9 @@ class PreparedDataset:
         """Its sources, whose lengths are kept beside them (``row_lengths.measured_rows``)."""
         return self.sources
 
-    def measured_index(self) -> None:
-        """All samples of the sources, in order."""
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """Values of the samples of all sources, one source after the other: those of the samples here."""
+        return values
 
     @staticmethod
     def input_files(path: str, **_: Any) -> dict[str, Path]:
