@@ -143,24 +143,25 @@ def shrink(data: bytes, max_pixels: int | None, *, name: str = _BYTES) -> tuple[
 def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
     """The size an image gets under a limit of pixels.
 
-    It is the one that Qwen's processor would choose (``smart_resize``: multiples of 32 pixels), so that training does not
-    resize the image a second time. Where that has no answer within the limit, as for narrow images, both sides shrink alike.
+    It is the one that ``smart_resize`` of qwen-vl-utils and of Qwen's processor would choose (multiples of 32 pixels), so
+    that training does not resize the image a second time; importing either takes 600 MB, and this module is for many
+    processes. Where a side would vanish, as in narrow images, both shrink alike.
 
     Args:
         width: In pixels.
         height: Likewise.
-        max_pixels: Most pixels.
+        max_pixels: Most pixels, fewer than the image has.
 
     Returns:
         Width and height.
     """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    tall, wide = smart_resize(height, width, factor=PATCH, min_pixels=0, max_pixels=max_pixels)
-    if tall and wide and tall * wide <= max_pixels:
+    excess = math.sqrt(width * height / max_pixels)
+    wide, tall = (round(side / PATCH) * PATCH for side in (width, height))
+    if wide * tall > max_pixels:
+        wide, tall = (math.floor(side / excess / PATCH) * PATCH for side in (width, height))
+    if wide and tall:
         return wide, tall
-    short = math.ceil(min(width, height) * math.sqrt(max_pixels / (width * height)))
-    short = max(1, min(short, math.isqrt(max_pixels)))
+    short = min(math.ceil(min(width, height) / excess), math.isqrt(max_pixels))
     long = max_pixels // short
     return (long, short) if width > height else (short, long)
 

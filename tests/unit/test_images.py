@@ -259,12 +259,13 @@ def test_a_smaller_image_is_upright_and_says_nothing_else():
 
 
 def test_a_smaller_size_is_within_limit_and_ratio():
-    """And, where Qwen's rule has an answer, a size that its processor leaves as it is."""
-    from qwen_vl_utils import smart_resize
+    """And the one of Qwen's rule, which its processor leaves as it is, unless that lets a side vanish."""
+    import qwen_vl_utils
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    generator = np.random.default_rng(0)
-    for _ in range(400):
-        width, height = (int(2**x) for x in generator.uniform(0, 13, 2))
+    generator, same = np.random.default_rng(0), 0
+    for _ in range(2000):
+        width, height = (int(2**x) for x in generator.uniform(0, 14, 2))
         limit = int(2 ** generator.uniform(10, 22))
         if width * height <= limit or max(width, height) > MAX_RATIO * min(width, height):
             continue
@@ -272,8 +273,12 @@ def test_a_smaller_size_is_within_limit_and_ratio():
         assert min(wide, tall) >= 1
         assert wide * tall <= limit
         assert max(wide, tall) <= MAX_RATIO * min(wide, tall)
-        if wide % 32 == tall % 32 == 0:
-            assert smart_resize(tall, wide, factor=32, min_pixels=1024, max_pixels=limit) == (tall, wide)
+        if min(wide, tall) > 32:
+            assert (tall, wide) == smart_resize(height, width, factor=32, min_pixels=0, max_pixels=limit)
+            again = {"factor": 32, "min_pixels": 1024, "max_pixels": limit}
+            assert smart_resize(tall, wide, **again) == qwen_vl_utils.smart_resize(tall, wide, **again) == (tall, wide)
+            same += 1
+    assert same > 500
     assert shrunk_size(4000, 3000, 1024 * 1024) == (1152, 864)
     assert shrunk_size(8000, 40, 100_000) == (4347, 23)
 
