@@ -23,7 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         description="Read, check and convert the sources of a mixture file, once. Killed at any instant, the same command"
         " goes on where it was.",
     )
-    parser.add_argument("mix", metavar="MIX.yaml", type=Path, help="mixture file: sources, and what to do with their rows")
+    parser.add_argument(
+        "mix", metavar="MIX.yaml", type=Path, help="mixture file: sources, and what to do with their rows"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: one per CPU core)")
     parser.add_argument("--retry", action="store_true", help="read units again in which an earlier run rejected rows")
@@ -54,7 +56,7 @@ def _say(line: str) -> None:
 
 def table(manifest: Manifest) -> str:
     """Rows and samples of every source, as lines of text."""
-    rows = [("source", "layout", "rows", "filtered", "rejected", "duplicates", "samples", "MB")]
+    rows: list[tuple[str, ...]] = [("source", "layout", "rows", "filtered", "rejected", "duplicates", "samples", "MB")]
     for entry in manifest.sources:
         duplicates = entry.rejected.get("duplicate", 0)
         counts = (

@@ -149,9 +149,7 @@ class Fold:
         origin[again] = pack_place(work.index, number, rows.rows[samples[first[again]]])
         return origin
 
-    def _remember(
-        self, work: SourceWork, number: int, rows: UnitRows, samples: np.ndarray, kept: np.ndarray
-    ) -> None:
+    def _remember(self, work: SourceWork, number: int, rows: UnitRows, samples: np.ndarray, kept: np.ndarray) -> None:
         """Note the keys of rows that are kept."""
         if not self.needs_keys(work):
             return

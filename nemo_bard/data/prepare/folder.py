@@ -176,7 +176,7 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     try:
         with unfinished.open("wb") as file:
             if path.name == KEPT:
-                np.save(file, *arrays.values())
+                np.save(file, arrays["kept"])
             else:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()

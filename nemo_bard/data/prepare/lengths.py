@@ -63,7 +63,9 @@ class _Headers:
         return {**self.source.peek(index), "sample_index": index}
 
 
-def measure_all(folder: OutFolder, manifest: Manifest, model: str, workers: Workers, say: Callable[[str], None]) -> None:
+def measure_all(
+    folder: OutFolder, manifest: Manifest, model: str, workers: Workers, say: Callable[[str], None]
+) -> None:
     """Write the lengths of all sources that have none yet for this processor.
 
     Args:
@@ -108,7 +110,7 @@ def _do_all(tasks: list[_Task], workers: Workers, progress: Progress) -> None:
             waiting.append(task)
     waiting.reverse()
     while waiting or workers.busy:
-        while waiting and workers.busy < 2 * workers.width:
+        while waiting and workers.busy < workers.capacity:
             workers.submit(_measure, waiting.pop())
         for task, _ in workers.next():
             progress.update(task.stop - task.start, task.stop - task.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -41,7 +42,9 @@ class SourceOptions:
     layout: str | None = setting(None, text(optional=True), "Layout of the rows; found by their columns if not given.")
     split: str | None = setting(None, text(optional=True), "Split to read, where the source has several.")
     root_dir: str | None = setting(
-        None, text(optional=True), "Folder that relative paths of media start from; the folder of each file if not given."
+        None,
+        text(optional=True),
+        "Folder that relative paths of media start from; the folder of each file if not given.",
     )
     filter: Mapping[str, Any] | None = setting(
         None, _SECTION, "Rows to keep, by column: `{rating: {min: 3}}`. A row has to meet all conditions."
@@ -153,6 +156,10 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: must hold a section 'sources', got {short(raw)}")
+    try:
+        json.dumps(raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: values must be texts, numbers, true or false ({error}); quote a date") from error
     return raw
 
 
@@ -161,7 +168,9 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 def _read_source(name: object, section: object, top: MixOptions, folder: Path) -> Source:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (MANIFEST, REJECTS):
-        raise ValueError(f"sources: a name must be letters, digits, '.', '_' and '-', as it names a folder, got {name!r}")
+        raise ValueError(
+            f"sources: a name must be letters, digits, '.', '_' and '-', as it names a folder, got {name!r}"
+        )
     where = f"sources.{name}"
     if isinstance(section, str):
         section = {"path": section}

@@ -12,11 +12,12 @@ from typing import Any
 from nemo_bard import __version__
 from nemo_bard.base.errors import nearest
 from nemo_bard.base.files import read_json, write_json
-from nemo_bard.data.layouts import LAYOUTS, detect
+from nemo_bard.data.layouts import lay_out
 from nemo_bard.data.prepare.folder import OutFolder
 from nemo_bard.data.prepare.mix import Mix, Source
-from nemo_bard.data.prepare.unit import UnitTask, file_state, make_record
-from nemo_bard.data.raw import Unit, find_units, read_unit
+from nemo_bard.data.prepare.unit import UnitTask, file_state
+from nemo_bard.data.raw import Unit, choose_layout, find_units, read_unit
+from nemo_bard.data.raw.unit import printable
 from nemo_bard.data.sample import RejectedError
 from nemo_bard.data.vetting import VetSettings
 
@@ -67,19 +68,9 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
     """
     _check_apart(source, out)
     with naming(source.name):
-        if source.options.layout is not None:
-            LAYOUTS.get(source.options.layout)
         units = find_units(source.path, split=source.options.split)
-        rows = list(islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT))
-        if not rows:
-            raise ValueError(f"{source.path} holds no row")
-        good = [row for _, row in rows if not isinstance(row, RejectedError)]
-        layout = source.options.layout
-        if layout is None:
-            if not good:
-                raise ValueError(f"none of the first {len(rows)} rows can be read ({rows[0][1]}); name its layout")
-            layout = detect(good[0])
-        _check_filters(source, layout, good)
+        layout = choose_layout(units, source.options.layout)
+        _check_filters(source, layout, units)
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
     return PlannedSource(source=source, layout=layout, units=units, states=states)
 
@@ -90,7 +81,9 @@ def naming(source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"source {source}: {error.filename or ''} cannot be read ({error.strerror or error})") from error
+        raise ValueError(
+            f"source {source}: {error.filename or ''} cannot be read ({error.strerror or error})"
+        ) from error
     except ValueError as error:
         raise ValueError(f"source {source}: {error}") from error
 
@@ -107,14 +100,13 @@ def _check_apart(source: Source, out: Path) -> None:
         raise ValueError(f"source {source.name}: {path} lies in OUT {out}; name another OUT")
 
 
-def _check_filters(source: Source, layout: str, rows: list[Any]) -> None:
+def _check_filters(source: Source, layout: str, units: list[Unit]) -> None:
     """See that filters name columns that are there; a misspelt one would leave out all rows."""
-    if not source.filters or not rows:
-        return
-    function, columns = LAYOUTS.get(layout), dict[str, None]()
-    for row in rows:
+    columns: dict[str, None] = {}
+    for _, row in islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT if source.filters else 0):
         with contextlib.suppress(RejectedError):
-            columns.update(dict.fromkeys(make_record(function, row, f"layout {layout}").facts))
+            if not isinstance(row, RejectedError):
+                columns.update(dict.fromkeys(lay_out(layout, row).facts))
     for one in source.filters:
         if columns and one.column not in columns:
             near = nearest(one.column, columns)
@@ -132,7 +124,7 @@ def describe(mix: Mix, planned: list[PlannedSource]) -> dict[str, Any]:
             one.source.name: {
                 "settings": {**one.source.identity(), "layout": one.layout},
                 "units": len(one.units),
-                "files": {file: dict(state) for file, state in one.states.items()},
+                "files": {printable(file): dict(state) for file, state in one.states.items()},
             }
             for one in planned
         },

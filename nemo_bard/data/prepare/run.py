@@ -12,20 +12,19 @@ from types import FrameType
 from typing import Any
 
 from nemo_bard import __version__
-from nemo_bard.base.files import locked
+from nemo_bard.base.files import is_locked, locked
 from nemo_bard.data.prepare import lengths
-from nemo_bard.data.prepare.folder import WORKERS_LOCK, OutFolder, UnitRecord
 from nemo_bard.data.prepare.fold import Fold, RejectsFile, SourceWork
+from nemo_bard.data.prepare.folder import WORKERS_LOCK, OutFolder, UnitRecord
 from nemo_bard.data.prepare.mix import Mix
 from nemo_bard.data.prepare.plan import PlannedSource, describe, plan_source, settle
 from nemo_bard.data.prepare.progress import Progress
 from nemo_bard.data.prepare.unit import do_unit
 from nemo_bard.data.prepare.workers import Workers, wait_for_workers_of_others
 from nemo_bard.data.prepared.layout import Manifest, SourceEntry, is_prepared, load_manifest
+from nemo_bard.data.raw.unit import printable
 
 LOCK_SECONDS = 1.0
-AHEAD = 2
-"""Units, times the workers, that are begun beyond the first unfinished one of a source with a limit."""
 
 
 class Interrupted(BaseException):
@@ -59,6 +58,8 @@ def prepare(
     """
     folder, names = OutFolder(out), [source.name for source in mix.sources]
     folder.check_own(names)
+    if is_locked(out):
+        raise ValueError(f"OUT {out} is in use by another run")
     if mix.model is not None:
         lengths.make_collator(mix.model)
     planned = [plan_source(source, out) for source in mix.sources]
@@ -124,7 +125,7 @@ def _make(
 ) -> Manifest:
     """Do all units that are not done, and put them together."""
     works = [
-        SourceWork(index=i, source=one.source, layout=one.layout, files=[unit.file for unit in one.units])
+        SourceWork(index=i, source=one.source, layout=one.layout, files=[printable(unit.file) for unit in one.units])
         for i, one in enumerate(planned)
     ]
     with RejectsFile(folder.path) as rejects:
@@ -172,18 +173,19 @@ class _Schedule:
                 self.progress.update(self.planned[where[0]].units[where[1]].bytes, record.read)
             self._put_together()
             self.progress.tell(self.fold.counts)
+        self.workers.abandon()  # units beyond a limit
 
     def _index(self, name: str) -> int:
         return next(i for i, one in enumerate(self.planned) if one.source.name == name)
 
     def _hand_out(self) -> None:
-        while self.source < len(self.planned) and self.workers.busy < AHEAD * self.workers.width:
+        while self.source < len(self.planned) and self.workers.busy < self.workers.capacity:
             one = self.planned[self.source]
             if self.unit == len(one.units):
                 self.source, self.unit = self.source + 1, 0
                 continue
             folded = self.folded if self._current() == self.source else 0
-            if one.source.options.limit and self.unit - folded >= AHEAD * self.workers.width:
+            if one.source.options.limit and self.unit - folded >= self.workers.capacity:
                 return
             self._begin(one, self.unit)
             self.unit += 1

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from nemo_bard.base.errors import one_line
-from nemo_bard.data.layouts import LAYOUTS
+from nemo_bard.data.layouts import lay_out
 from nemo_bard.data.prepare.filters import Filter
 from nemo_bard.data.prepare.folder import FILTERED, REJECTED, SAMPLE, OutFolder, UnitRecord, UnitRows
 from nemo_bard.data.prepared.layout import File
 from nemo_bard.data.prepared.writer import PartWriter
 from nemo_bard.data.raw import Unit, read_unit
-from nemo_bard.data.sample import Record, RejectedError, Sample
+from nemo_bard.data.raw.unit import printable
+from nemo_bard.data.sample import RejectedError, Sample
 from nemo_bard.data.vetting import VetSettings, content_key, vet
+
 
 class Stopped(Exception):
     """Raised in a unit that is to be left, because the run ends."""
@@ -87,7 +89,7 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
         The record, which has been written.
 
     Raises:
-        ValueError: If the file cannot be read any more or has changed, or the layout fails.
+        ValueError: If the file cannot be read any more or has changed, or the layout does not work.
         OSError: If a file cannot be written.
         Stopped: If ``stopped`` says so.
     """
@@ -111,8 +113,9 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
 
 def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Iterator[Sample]:
     """The samples of a unit; what becomes of each row goes into ``found``."""
-    layout = LAYOUTS.get(task.layout)
-    root_dir = Path(task.root_dir or Path(task.unit.file).parent)
+    file = Path(task.unit.file)
+    root_dir = Path(task.root_dir or (file if file.is_dir() else file.parent))
+    stem = printable(file.name)
     for row, raw in _rows(task):
         if stopped():
             raise Stopped
@@ -121,13 +124,13 @@ def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Itera
             if isinstance(raw, RejectedError):
                 raise raw
             name = _own_id(raw)
-            record = make_record(layout, raw, f"layout {task.layout} of source {task.source}, {task.unit.file}:{row}")
+            record = lay_out(task.layout, raw)
             name = record.id if record.id is not None else name
             column = next((i for i, one in enumerate(task.filters) if not one.keeps(record.facts)), None)
             if column is not None:
                 found.add(row, FILTERED + column)
                 continue
-            sample = vet(record, root_dir=root_dir, name=f"{Path(task.unit.file).name}:{row}", settings=task.settings)
+            sample = vet(record, root_dir=root_dir, name=f"{stem}:{row}", settings=task.settings)
         except RejectedError as error:
             found.reject(row, name, error)
             continue
@@ -135,24 +138,6 @@ def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Itera
         if task.with_keys:
             found.keys.append(content_key(sample))
         yield sample
-
-
-def make_record(layout: Callable[[Mapping[str, Any]], Record], raw: Mapping[str, Any], where: str) -> Record:
-    """What a layout makes of a row.
-
-    Raises:
-        RejectedError: If the row does not fit.
-        ValueError: If the layout fails, which is a mistake in it; names it and the row.
-    """
-    try:
-        record = layout(raw)
-    except RejectedError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: the layout fails ({type(error).__name__}: {one_line(error)})") from error
-    if not isinstance(record, Record):
-        raise ValueError(f"{where}: a layout must return a Record, got {type(record).__name__}")
-    return record
 
 
 def _own_id(raw: Mapping[str, Any]) -> str | None:

@@ -35,6 +35,8 @@ class Workers:
 
     def __init__(self, jobs: int, lock: Path) -> None:
         self.width = max(jobs, 1)
+        self.capacity = 2 * jobs if jobs > 1 else 1
+        """Tasks to hand out at a time: more than are done at once, so that no worker waits."""
         self._pool: ProcessPoolExecutor | None = None
         self._event: Any = None
         self._done: dict[Future[Any], Any] = {}
@@ -70,6 +72,17 @@ class Workers:
         future.set_result(job(task, lambda: self._stopped))
         self._done[future] = task
 
+    def abandon(self) -> None:
+        """Leave all tasks that are not done, and wait until nobody works on them."""
+        if self._pool is None:
+            return
+        for future in self._done:
+            future.cancel()
+        self._event.set()
+        wait(self._done)
+        self._done.clear()
+        self._event.clear()
+
     def next(self) -> Iterator[tuple[Any, Any]]:
         """Wait for a task; returns those that are done, with their results.
 
@@ -103,6 +116,7 @@ def _start(parent: int, event: Any, lock: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     _stop = event
     _lock = open(lock, "a")  # noqa: SIM115  (for life)
+    os.environ["OMP_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false"  # there is a worker per core
     with contextlib.suppress(OSError):  # a file system without locks; the main process has told it
         fcntl.flock(_lock, fcntl.LOCK_SH)
     die_with(parent)
