@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.errors import short
-from nemo_bard.base.settings import Check, check_settings, choice, from_mapping, integer, setting, text
+from nemo_bard.base.settings import Check, check_keys, check_settings, choice, from_mapping, integer, setting, text
 from nemo_bard.data.prepare.filters import Filter, read_filters
 from nemo_bard.data.prepared.layout import MANIFEST, REJECTS
+from nemo_bard.data.vetting import VetSettings
 
 DEDUP = ("none", "source", "all")
 THINK = ("keep", "strip")
@@ -50,7 +52,7 @@ class SourceOptions:
         None, _SECTION, "Rows to keep, by column: `{rating: {min: 3}}`. A row has to meet all conditions."
     )
     limit: int | None = setting(None, integer(1, optional=True), "Stop reading when so many samples are kept.")
-    max_pixels: int | None = setting(None, integer(1, optional=True), "Make images that have more pixels smaller.")
+    max_pixels: int | None = setting(None, integer(optional=True), "Make images that have more pixels smaller.")
     dedup: str | None = setting(
         None, choice(DEDUP, optional=True), "Leave out repetitions of earlier rows of this source, or of all; as above."
     )
@@ -84,6 +86,7 @@ class Source:
     """Absolute path or pattern, or a hub name."""
     root_dir: str | None
     options: SourceOptions
+    settings: VetSettings
     filters: tuple[Filter, ...]
     dedup: str
     max_reject_ratio: float
@@ -119,6 +122,7 @@ def read_mix(file: Path) -> Mix:
     """
     raw = _load(file)
     try:
+        check_keys("", raw, [f.name for f in fields(MixOptions)], "key")
         top = from_mapping(MixOptions, raw)
         check_settings(top)
         if not top.sources:
@@ -176,8 +180,11 @@ def _read_source(name: object, section: object, top: MixOptions, folder: Path) -
         section = {"path": section}
     if not isinstance(section, Mapping):
         raise ValueError(f"{where} must be a section with 'path', got {short(section)}")
+    check_keys(where, map(str, section), [f.name for f in fields(SourceOptions)], "key")
     options = from_mapping(SourceOptions, section, where)
     check_settings(options, where)
+    with _prefixed(where):
+        settings = VetSettings(max_pixels=options.max_pixels, think=options.think, system=options.system)
     root_dir = None
     if options.root_dir is not None:
         root_dir = str((folder / Path(options.root_dir).expanduser()).resolve())
@@ -188,11 +195,20 @@ def _read_source(name: object, section: object, top: MixOptions, folder: Path) -
         path=_locate(options.path, folder, f"{where}.path"),
         root_dir=root_dir,
         options=options,
+        settings=settings,
         filters=read_filters(options.filter or {}, f"{where}.filter"),
         dedup=options.dedup or top.dedup,
         max_reject_ratio=top.max_reject_ratio if options.max_reject_ratio is None else options.max_reject_ratio,
         section=section,
     )
+
+
+@contextlib.contextmanager
+def _prefixed(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
 
 
 def _locate(path: str, folder: Path, key: str) -> str:

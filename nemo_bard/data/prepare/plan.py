@@ -19,7 +19,6 @@ from nemo_bard.data.prepare.unit import UnitTask, file_state
 from nemo_bard.data.raw import Unit, choose_layout, find_units, read_unit
 from nemo_bard.data.raw.unit import printable
 from nemo_bard.data.sample import RejectedError
-from nemo_bard.data.vetting import VetSettings
 
 FORMAT = 1
 LOOKED_AT = 32
@@ -53,7 +52,7 @@ class PlannedSource:
             layout=self.layout,
             root_dir=self.source.root_dir,
             filters=self.source.filters,
-            settings=VetSettings(max_pixels=options.max_pixels, think=options.think, system=options.system),
+            settings=self.source.settings,
             with_keys=with_keys,
             most=options.limit if self.source.dedup == "none" else None,
         )
@@ -70,7 +69,7 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
     with naming(source.name):
         units = find_units(source.path, split=source.options.split)
         layout = choose_layout(units, source.options.layout)
-        _check_filters(source, layout, units)
+        _look(source, layout, units)
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
     return PlannedSource(source=source, layout=layout, units=units, states=states)
 
@@ -100,18 +99,27 @@ def _check_apart(source: Source, out: Path) -> None:
         raise ValueError(f"source {source.name}: {path} lies in OUT {out}; name another OUT")
 
 
-def _check_filters(source: Source, layout: str, units: list[Unit]) -> None:
-    """See that filters name columns that are there; a misspelt one would leave out all rows."""
-    columns: dict[str, None] = {}
-    for _, row in islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT if source.filters else 0):
-        with contextlib.suppress(RejectedError):
-            if not isinstance(row, RejectedError):
-                columns.update(dict.fromkeys(lay_out(layout, row).facts))
+def _look(source: Source, layout: str, units: list[Unit]) -> None:
+    """See that the layout fits some of the first rows, and that the columns of filters are there.
+
+    A wrong layout would reject all rows, a misspelt column leave them out.
+    """
+    misfits, columns = [], dict[str, None]()
+    rows = [row for _, row in islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT)]
+    rows = [row for row in rows if not isinstance(row, RejectedError)]
+    for row in rows:
+        try:
+            columns.update(dict.fromkeys(lay_out(layout, row).facts))
+        except RejectedError as error:
+            misfits += [error] if error.kind == "layout" else []
+    if rows and len(misfits) == len(rows):
+        raise ValueError(str(misfits[0]))
     for one in source.filters:
-        if columns and one.column not in columns:
+        if len(misfits) < len(rows) and one.column not in columns:
             near = nearest(one.column, columns)
             hint = f" (did you mean {near!r}?)" if near else ""
-            raise ValueError(f"filter.{one.column}: no such column{hint}; there are {', '.join(columns)}")
+            there = f"there are {', '.join(columns)}" if columns else f"the layout {layout} tells of none"
+            raise ValueError(f"filter.{one.column}: no such column{hint}; {there}")
 
 
 # ------------------ the folder's own plan ------------------
