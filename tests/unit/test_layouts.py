@@ -214,6 +214,11 @@ def test_archives(tmp_path):
         ("shard/001.img0.jpg", RED),
         ("002.PNG", BLUE),
         ("002.txt", "A blue picture.\n"),
+        ("002b.jpg", RED),
+        ("002b.json", {"url": "u", "width": 8}),
+        ("002b.txt", "Red."),
+        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["img0"]}),
+        ("002c.img0.jpg", RED),
         ("003.json", {"texts": [{"user": "Hi", "assistant": "Hello"}], "images": None}),
     ]
     write_tar(tmp_path / "00000.tar", members)
@@ -227,8 +232,27 @@ def test_archives(tmp_path):
             id="shard/001",
         ),
         expected(messages=[user(CAPTION_PROMPT), assistant("A blue picture.")], images=[BLUE], id="002"),
+        expected(
+            messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[RED], id="002b", facts={"url": "u", "width": 8}
+        ),
+        expected(messages=[user("<image>\nA?"), assistant("a"), user("B?"), assistant("b")], images=[RED], id="002c"),
         expected(messages=[user("Hi"), assistant("Hello")], id="003"),
     ]
+
+
+def test_images_of_an_archive_go_by_number_and_as_listed(tmp_path):
+    data = {number: picture((number, 0, 0)) for number in (0, 1, 2, 10)}
+    talk = {"messages": [user("<image>" * 4), assistant("x")]}
+    pictures = [(f"img{number}.jpg", data[number]) for number in (0, 1, 10, 2)]  # as sorted by name
+    members = [("a.json", talk), *((f"a.{end}", value) for end, value in pictures)]
+    listed = {**talk, "images": ["img2", "img10.jpg", "b.img0.jpg", "img1.jpg"]}
+    members += [("b.json", listed), *((f"b.{end}", value) for end, value in pictures)]
+    renamed = {**talk, "images": ["coco/3.jpg", "coco/2.jpg", "coco/1.jpg", "coco/0.jpg"]}
+    members += [("c.json", renamed), *((f"c.{end}", value) for end, value in pictures)]
+    write_tar(tmp_path / "a.tar", members)
+    _, found = records(tmp_path / "a.tar")
+    orders = [[next(number for number in data if data[number] == one) for one in record.images] for record in found]
+    assert orders == [[0, 1, 2, 10], [2, 10, 0, 1], [0, 1, 2, 10]]
 
 
 @pytest.mark.parametrize(
