@@ -131,6 +131,9 @@ def test_llava_with_several_images_and_videos():
         videos=["c.mp4"],
         id="1",
     )
+    talk[0]["value"] = "<image>\nWhat happens?"  # sets of videos write it where the video goes
+    record = plain(lay_out("llava", {"video": "c.mp4", "conversations": talk}))
+    assert record == expected(messages=[user("<video>\nWhat happens?"), assistant("No.")], videos=["c.mp4"])
     with pytest.raises(RejectedError, match="a video must be a path, got 3") as caught:
         lay_out("llava", {"video": [3], "conversations": talk})
     assert caught.value.kind == "layout"
@@ -241,7 +244,7 @@ def test_archives(tmp_path):
 
 
 def test_images_of_an_archive_go_by_number_and_as_listed(tmp_path):
-    data = {number: picture((number, 0, 0)) for number in (0, 1, 2, 10)}
+    data = {number: picture(size=(8 + number, 6)) for number in (0, 1, 2, 10)}
     talk = {"messages": [user("<image>" * 4), assistant("x")]}
     pictures = [(f"img{number}.jpg", data[number]) for number in (0, 1, 10, 2)]  # as sorted by name
     members = [("a.json", talk), *((f"a.{end}", value) for end, value in pictures)]
@@ -374,6 +377,7 @@ def test_a_layout_that_does_not_fit(tmp_path):
         ValueError, match="columns found a, b; wanted messages: messages; webdataset: __key__; .*captions: image or"
     ):
         detect({"a": 1, "b": 2})
+    assert [detect({"texts": value}) for value in (None, 3, {"a": 1}, "x", [])] == ["finevision"] * 5
     with pytest.raises(ValueError, match="layout must be one of messages, .* got 'lava' .did you mean 'llava'"):
         check_columns("lava", [])
     table = write_rows(tmp_path / "a.parquet", [{"image": "a.jpg", "caption": "x"}])

@@ -64,7 +64,7 @@ def _with_json(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any], t
     """A sample whose JSON is a row of another layout; images and a text are the archive's, where it has some."""
     from nemo_bard.data.layouts.registry import detect, lay_out
 
-    inner = dict(body)
+    inner = {column: value for column, value in body.items() if column != "__key__"}
     if text is not None:
         inner = {"text": text, **inner}
     if pictures:
