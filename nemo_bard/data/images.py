@@ -145,7 +145,7 @@ def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
 
     It is the one that ``smart_resize`` of qwen-vl-utils and of Qwen's processor would choose (multiples of 32 pixels), so
     that training does not resize the image a second time; importing either takes 600 MB, and this module is for many
-    processes. Where a side would vanish, as in narrow images, both shrink alike.
+    processes. Where that makes an image vanish or too narrow, both sides shrink alike.
 
     Args:
         width: In pixels.
@@ -159,7 +159,7 @@ def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
     wide, tall = (round(side / PATCH) * PATCH for side in (width, height))
     if wide * tall > max_pixels:
         wide, tall = (math.floor(side / excess / PATCH) * PATCH for side in (width, height))
-    if wide and tall:
+    if wide and tall and max(wide, tall) <= MAX_RATIO * min(wide, tall):
         return wide, tall
     short = min(math.ceil(min(width, height) / excess), math.isqrt(max_pixels))
     long = max_pixels // short
