@@ -278,7 +278,7 @@ def test_a_smaller_size_is_within_limit_and_ratio():
             again = {"factor": 32, "min_pixels": 1024, "max_pixels": limit}
             assert smart_resize(tall, wide, **again) == qwen_vl_utils.smart_resize(tall, wide, **again) == (tall, wide)
             same += 1
-    assert same > 500
+    assert same > 200
     assert shrunk_size(4000, 3000, 1024 * 1024) == (1152, 864)
     assert shrunk_size(8000, 40, 100_000) == (4347, 23)
 
