@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = lazy(
         "JsonlDataset": "jsonl",
         "MediaSource": "media",
         "PackedDataset": "packing",
+        "PreparedDataset": "prepared.dataset",
+        "RowsDataset": "rows",
         "make_digits": "digits",
         "make_jsonl": "jsonl",
         "open_dataset": "readers",
