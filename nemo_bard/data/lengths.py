@@ -235,7 +235,7 @@ def measured_once(
             logger.warning("%s has no fingerprint(): its samples are measured at every start", name)
         return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks), None
     doing = "reading measured lengths"
-    path = ranks.on_first(lambda: cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz", doing)
+    path = ranks.on_first(lambda: cache_dir / lengths_name(dataset.fingerprint(), collator), doing)
     sizes = ranks.on_first(lambda: _kept_sizes(path, len(dataset)), doing)
     if sizes is not None and (drop_bad or not sizes.has_unknown()):
         return sizes, path
@@ -243,6 +243,16 @@ def measured_once(
     ranks.on_first(lambda: sizes.save(path), "writing measured lengths")
     logger.info("lengths of %d samples written to %s", len(sizes), path)
     return sizes, path
+
+
+def lengths_name(fingerprint: str, collator: BlockDiffusionCollator) -> str:
+    """Name of the file that holds the sizes of a data set's samples.
+
+    Args:
+        fingerprint: The data set's.
+        collator: What measured, or will measure, them.
+    """
+    return f"lengths-{_key(fingerprint, collator)}.npz"
 
 
 def _kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
