@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from nemo_automodel.components.training.rng import init_all_rng
@@ -71,6 +71,8 @@ class DataStream:
 class ResumedTraining(ValidatedTraining):
     """The part of a recipe that goes on from a checkpoint; a subclass sets the attributes up."""
 
+    any_ranks: ClassVar[bool] = True
+    """It goes on at other numbers of ranks and with other local batches."""
     data_stream: DataStream
     """What this run's samples depend on."""
     _restored: bool = False
@@ -100,7 +102,8 @@ class ResumedTraining(ValidatedTraining):
             ValueError: If the checkpoint's run had another stream of samples.
         """
         self.untrack_state("dataloader", STREAM, RNG)
-        self.data_stream = DataStream(settings_of(self.cfg.get) | identity_of(self.dataloader.dataset))
+        dataset = {f"dataset.{name}": text for name, text in identity_of(self.dataloader.dataset).items()}
+        self.data_stream = DataStream(settings_of(self.cfg.get) | dataset)
         self.untrack_state(STREAM)
         super().load_checkpoint(restore_from)
         self.data_stream, self.rng = self.data_stream, self.rng  # tracked again: saved with every checkpoint

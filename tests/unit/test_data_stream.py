@@ -166,7 +166,7 @@ def test_identity_of_data_sets(tmp_path):
     lines = ['{"messages": [{"role": "user", "content": "%d"}]}\n' % number for number in range(600)]  # noqa: UP031
     file.write_text("".join(lines))
     first = identity_of(JsonlDataset(file, validate=False))
-    assert first["dataset"].startswith("600 lines, ")
+    assert first["content"].startswith("600 lines, ")
     (tmp_path / "elsewhere").mkdir()
     moved = file.rename(tmp_path / "elsewhere" / "b.jsonl")
     assert identity_of(JsonlDataset(moved, validate=False)) == first, "the file may move"
@@ -174,16 +174,16 @@ def test_identity_of_data_sets(tmp_path):
     moved.write_text("".join([*lines[:-1], lines[-1].replace("599", "598")]))
     assert identity_of(JsonlDataset(moved, validate=False)) != first
     digits = DigitsDataset("train", 5)
-    assert identity_of(digits) == {"dataset": digits.fingerprint(), "samples": "5"}
-    assert identity_of([1, 2]) == {"dataset": "builtins.list", "samples": "2"}
+    assert identity_of(digits) == {"content": digits.fingerprint(), "samples": "5"}
+    assert identity_of([1, 2]) == {"content": "builtins.list", "samples": "2"}
     chosen = [identity_of(ChosenSamples(digits, indices)) for indices in ([1, 2], [2, 1])]
-    assert chosen[0].keys() == {"dataset", "samples", "chosen"}
+    assert chosen[0].keys() == {"content", "samples", "chosen"}
     assert chosen[0] != chosen[1]
     rows = [
         identity_of(PackedDataset(digits, Packs(edges=np.array(edges), members=np.arange(5))))
         for edges in ([0, 2, 5], [0, 3, 5])
     ]
-    assert rows[0].keys() == {"dataset", "samples", "packed rows"}
+    assert rows[0].keys() == {"content", "samples", "packed rows"}
     assert rows[0] != rows[1]
     own = SimpleNamespace(identity=lambda: {"weights": "1 2", "samples": 7})
     assert identity_of(own) == {"weights": "1 2", "samples": "7"}
@@ -280,7 +280,10 @@ def test_epoch_and_place_follow_from_the_step(go_on, tmp_path, step, stored, epo
             {"config": {**CONFIG, "dataloader": {"drop_last": True}}},
             "dataloader.drop_last differs .*: False then, True now",
         ),
-        ({"dataset": Numbers(44)}, r"dataset differs .* \(and so does samples\): numbers 43 then, numbers 44 now; "),
+        (
+            {"dataset": Numbers(44)},
+            r"dataset.content differs .* \(and so does dataset.samples\): numbers 43 then, numbers 44 now; ",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_stream_is_refused(go_on, tmp_path, changes, said):
