@@ -1,6 +1,8 @@
 """The stream of samples: a function of the step, whatever the ranks, local batches and loader workers; refused if another."""
 
 import functools
+import json
+import os
 from itertools import chain
 from types import SimpleNamespace
 
@@ -11,11 +13,14 @@ import yaml
 from nemo_automodel.components.datasets.vlm.loader import VlmCollatorConfig
 from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.components.training.step_scheduler import StepScheduler
+from prepared_folder import sample, write_prepared
 
 from nemo_bard.data.chosen import ChosenSamples
 from nemo_bard.data.digits import DigitsDataset
 from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.packing import PackedDataset, Packs
+from nemo_bard.data.prepared.dataset import PreparedDataset
+from nemo_bard.data.rows import RowsDataset
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered
 from nemo_bard.train.resume import DataStream, ResumedTraining, _reader_of
 from nemo_bard.upstream.recipe import OpenedDataloaderConfig
@@ -161,6 +166,11 @@ def test_a_large_data_set_is_dealt_out_without_lists_of_it():
 
 
 # ------------------ what it depends on ------------------
+def prepared_of(folder, sources):
+    write_prepared(folder, sources)
+    return PreparedDataset(folder)
+
+
 def test_identity_of_data_sets(tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"messages": [{"role": "user", "content": "%d"}]}\n' % number for number in range(600)]  # noqa: UP031
@@ -185,6 +195,24 @@ def test_identity_of_data_sets(tmp_path):
     ]
     assert rows[0].keys() == {"content", "samples", "packed rows"}
     assert rows[0] != rows[1]
+    raw = tmp_path / "raw.json"
+    rows_of = [
+        {"conversations": [{"from": "human", "value": str(one)}, {"from": "gpt", "value": "a"}]} for one in (1, 2)
+    ]
+    raw.write_text(json.dumps(rows_of))
+    before = identity_of(RowsDataset(raw, validate=False))
+    assert before["content"].startswith("2 rows, layout llava, ")
+    os.utime(raw, (1, 1))
+    assert identity_of(RowsDataset(raw, validate=False)) == before
+    raw.write_text(json.dumps(rows_of).replace("2", "3"))
+    assert identity_of(RowsDataset(raw, validate=False)) != before
+    sources = {"a": [sample("1")], "b": [sample("2", answer="Another.")]}
+    prepared = identity_of(prepared_of(tmp_path / "prepared", sources))
+    assert prepared.keys() == {"sources", "rows of a", "rows of b"}
+    assert prepared["sources"] == "a, b"
+    sources["b"] = [sample("2", answer="One more.")]
+    changed = identity_of(prepared_of(tmp_path / "changed", sources))
+    assert {name for name in changed if changed[name] != prepared[name]} == {"rows of b"}
     own = SimpleNamespace(identity=lambda: {"weights": "1 2", "samples": 7})
     assert identity_of(own) == {"weights": "1 2", "samples": "7"}
 
@@ -207,6 +235,8 @@ def test_another_stream_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said) as caught:
         DataStream({**old, **changes}).load_state_dict(old)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"dataset differs .*: a{100}\.\.\. \(\w{8}\) then, a now; "):
+        DataStream(old).load_state_dict({**old, "dataset": "a" * 5000})
     with pytest.raises(ValueError, match="packing .*: x then, nothing now"):
         DataStream(old).load_state_dict({**old, "packing": "x"})
 
