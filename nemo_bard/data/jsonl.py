@@ -99,7 +99,7 @@ class JsonlDataset:
             for index in np.linspace(0, len(self) - 1, min(len(self), _TOLD_APART), dtype=np.int64):
                 file.seek(int(self._bounds[index]))
                 digest.update(file.read(int(self._bounds[index + 1] - self._bounds[index])))
-        return {"dataset": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
+        return {"content": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
 
     def line_bytes(self) -> np.ndarray:
         """Size of every line, ``[n]`` int64: what can be known of lengths without reading samples."""
