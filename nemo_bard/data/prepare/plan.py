@@ -62,7 +62,7 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
     """Find the units of a source, and look at its first rows.
 
     Raises:
-        ValueError: If it cannot be read, lies in ``out`` or around it, has no row, its layout does not fit, or a filter's
+        ValueError: If it cannot be read, lies around ``out``, has no row, its layout does not fit, or a filter's
             column is not there; names the source.
     """
     _check_apart(source, out)
@@ -88,15 +88,13 @@ def naming(source: str) -> Iterator[None]:
 
 
 def _check_apart(source: Source, out: Path) -> None:
-    """OUT is neither in a source nor around it."""
+    """OUT is not in a source, whose files it would become."""
     path, target = Path(source.path), out.absolute()
     if not path.is_absolute() or not path.exists():
         return
     path, target = path.resolve(), target.resolve()
     if path.is_dir() and path in (target, *target.parents):
         raise ValueError(f"OUT {out} lies in the folder of source {source.name}, {path}; name a folder outside of it")
-    if target in path.parents:
-        raise ValueError(f"source {source.name}: {path} lies in OUT {out}; name another OUT")
 
 
 def _look(source: Source, layout: str, units: list[Unit]) -> None:

@@ -57,7 +57,7 @@ def prepare(
         Interrupted: If a signal asked to stop.
     """
     folder, names = OutFolder(out), [source.name for source in mix.sources]
-    folder.check_own(names)
+    folder.check_own()
     if is_locked(out):
         raise ValueError(f"OUT {out} is in use by another run")
     if mix.model is not None:
@@ -65,7 +65,7 @@ def prepare(
     planned = [plan_source(source, out) for source in mix.sources]
     with ExitStack() as stack:
         stack.enter_context(locked(out, key="OUT", wait_seconds=LOCK_SECONDS))
-        folder.check_own(names)
+        folder.check_own()
         finished = is_prepared(out)
         settle(folder, describe(mix, planned), finished=finished)
         wait_for_workers_of_others(folder.state / WORKERS_LOCK)
