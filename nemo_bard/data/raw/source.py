@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,12 @@ class RawSource:
         """File and number of a row in it, from 0; of a folder of images the image."""
         rows, number = self._place(index)
         return rows.names(number)
+
+    def folder(self, index: int) -> Path:
+        """The folder that relative paths of a row start from, that of its file."""
+        rows, _ = self._place(index)
+        file = Path(rows.unit.file)
+        return file if rows.unit.format == "images" else file.parent
 
     def _place(self, index: int) -> tuple[Rows, int]:
         if not 0 <= index < len(self):

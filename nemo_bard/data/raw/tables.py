@@ -136,6 +136,8 @@ def arrow_batches(file: str) -> tuple[Any, list[Any]]:
             if not _ends(file):
                 raise ValueError("the mark at its end is missing, it was not written to its end") from None
             return stream.schema, batches
+    except FileNotFoundError:
+        raise
     except _errors() as error:
         raise ValueError(f"{printable(file)} cannot be read as Arrow ({one_line(error)})") from error
 
