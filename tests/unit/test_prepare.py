@@ -271,3 +271,27 @@ def test_a_file_that_vanishes_is_named(tmp_path, monkeypatch):
         prepare(mix, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not is_prepared(tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_many_rows_of_a_unit_are_several_pieces(tmp_path, monkeypatch, form):
+    from datasets import Dataset
+
+    from nemo_bard.data.prepare import unit
+
+    monkeypatch.setattr(unit, "PIECE_ROWS", 3)
+    write_source(tmp_path / "in", [])
+    rows = [{"image": "red.png", "text": f"A caption, {i}." if i != 4 else ""} for i in range(10)]
+    file = tmp_path / "in" / f"rows.{form}"
+    if form == "jsonl":
+        file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    elif form == "json":
+        file.write_text(json.dumps(rows))
+    else:
+        table = Dataset.from_list(rows)
+        (table.to_csv if form == "csv" else table.to_parquet)(file)
+    mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": f"in/rows.{form}", "max_reject_ratio": 0.1}})
+    entry = prepare(mix, tmp_path / "out").source("a")
+    assert (entry.layout, entry.read, [part.rows for part in entry.parts]) == ("captions", 10, [3, 2, 3, 1])
+    assert ids(tmp_path / "out", "a") == [f"rows.{form}:{i}" for i in range(10) if i != 4]
+    assert [line["row"] for line in rejects(tmp_path / "out")] == [4]

@@ -15,7 +15,7 @@ from nemo_bard.base.files import read_json, write_json
 from nemo_bard.data.layouts import lay_out
 from nemo_bard.data.prepare.folder import OutFolder
 from nemo_bard.data.prepare.mix import Mix, Source
-from nemo_bard.data.prepare.unit import UnitTask, file_state
+from nemo_bard.data.prepare.unit import Piece, UnitTask, file_state
 from nemo_bard.data.raw import Unit, choose_layout, find_units, read_unit
 from nemo_bard.data.raw.unit import printable
 from nemo_bard.data.sample import RejectedError
@@ -27,28 +27,28 @@ LOOKED_AT = 32
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSource:
-    """A source and its units."""
+    """A source and its pieces, which are the units of work."""
 
     source: Source
     layout: str
-    units: list[Unit]
+    pieces: list[Piece]
     states: Mapping[str, Mapping[str, int]]
     """Size and time of its files."""
 
     @property
     def bytes(self) -> int:
-        """Size of all units."""
-        return sum(unit.bytes for unit in self.units)
+        """Size of all pieces."""
+        return sum(piece.bytes for piece in self.pieces)
 
     def task(self, folder: OutFolder, number: int, *, with_keys: bool) -> UnitTask:
         """What a worker has to know of a unit."""
-        options, unit = self.source.options, self.units[number]
+        options, piece = self.source.options, self.pieces[number]
         return UnitTask(
             out=folder.path,
             source=self.source.name,
             number=number,
-            unit=unit,
-            state=self.states[unit.file],
+            piece=piece,
+            state=self.states[piece.unit.file],
             layout=self.layout,
             root_dir=self.source.root_dir,
             filters=self.source.filters,
@@ -71,7 +71,8 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
         layout = choose_layout(units, source.options.layout)
         _look(source, layout, units)
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
-    return PlannedSource(source=source, layout=layout, units=units, states=states)
+    pieces = list(chain.from_iterable(map(Piece.of, units)))
+    return PlannedSource(source=source, layout=layout, pieces=pieces, states=states)
 
 
 @contextlib.contextmanager
@@ -129,7 +130,7 @@ def describe(mix: Mix, planned: list[PlannedSource]) -> dict[str, Any]:
         "sources": {
             one.source.name: {
                 "settings": {**one.source.identity(), "layout": one.layout},
-                "units": len(one.units),
+                "units": len(one.pieces),
                 "files": {printable(file): dict(state) for file, state in one.states.items()},
             }
             for one in planned

@@ -125,7 +125,9 @@ def _make(
 ) -> Manifest:
     """Do all units that are not done, and put them together."""
     works = [
-        SourceWork(index=i, source=one.source, layout=one.layout, files=[printable(unit.file) for unit in one.units])
+        SourceWork(
+            index=i, source=one.source, layout=one.layout, files=[printable(piece.unit.file) for piece in one.pieces]
+        )
         for i, one in enumerate(planned)
     ]
     with RejectsFile(folder.path) as rejects:
@@ -170,7 +172,7 @@ class _Schedule:
             for task, record in self.workers.next():
                 where = self._index(task.source), task.number
                 self.ready[where] = record
-                self.progress.update(self.planned[where[0]].units[where[1]].bytes, record.read)
+                self.progress.update(self.planned[where[0]].pieces[where[1]].bytes, record.read)
             self._put_together()
             self.progress.tell(self.fold.counts)
         self.workers.abandon()  # units beyond a limit
@@ -181,7 +183,7 @@ class _Schedule:
     def _hand_out(self) -> None:
         while self.source < len(self.planned) and self.workers.busy < self.workers.capacity:
             one = self.planned[self.source]
-            if self.unit == len(one.units):
+            if self.unit == len(one.pieces):
                 self.source, self.unit = self.source + 1, 0
                 continue
             folded = self.folded if self._current() == self.source else 0
@@ -195,7 +197,7 @@ class _Schedule:
         record = self.folder.read_record(one.source.name, number)
         if record is not None and not (self.retry and record.rejects):
             self.ready[self.source, number] = record
-            self.progress.skip(one.units[number].bytes, record.read)
+            self.progress.skip(one.pieces[number].bytes, record.read)
             return
         with_keys = self.fold.needs_keys(self.fold.works[self.source])
         self.workers.submit(do_unit, one.task(self.folder, number, with_keys=with_keys))
@@ -221,8 +223,8 @@ class _Schedule:
         entry = self.fold.finish_source()
         one = self.planned[work.index]
         if self.source == work.index:
-            left = one.units[self.unit :]
-            self.progress.skip(sum(unit.bytes for unit in left), 0)
+            left = one.pieces[self.unit :]
+            self.progress.skip(sum(piece.bytes for piece in left), 0)
             self.source, self.unit = work.index + 1, 0
         self.folded = 0
         self.ready = {where: record for where, record in self.ready.items() if where[0] > work.index}
