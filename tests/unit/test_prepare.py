@@ -277,9 +277,9 @@ def test_a_file_that_vanishes_is_named(tmp_path, monkeypatch):
 def test_many_rows_of_a_unit_are_several_pieces(tmp_path, monkeypatch, form):
     from datasets import Dataset
 
-    from nemo_bard.data.prepare import unit
+    from nemo_bard.data.prepare import plan
 
-    monkeypatch.setattr(unit, "PIECE_ROWS", 3)
+    monkeypatch.setattr(plan, "PIECE_ROWS", 3)
     write_source(tmp_path / "in", [])
     rows = [{"image": "red.png", "text": f"A caption, {i}." if i != 4 else ""} for i in range(10)]
     file = tmp_path / "in" / f"rows.{form}"
@@ -295,3 +295,18 @@ def test_many_rows_of_a_unit_are_several_pieces(tmp_path, monkeypatch, form):
     assert (entry.layout, entry.read, [part.rows for part in entry.parts]) == ("captions", 10, [3, 2, 3, 1])
     assert ids(tmp_path / "out", "a") == [f"rows.{form}:{i}" for i in range(10) if i != 4]
     assert [line["row"] for line in rejects(tmp_path / "out")] == [4]
+
+
+def test_rows_that_hold_their_images_are_one_piece(tmp_path, monkeypatch):
+    from datasets import Dataset
+    from prepared_folder import png
+
+    from nemo_bard.data.prepare import plan
+
+    monkeypatch.setattr(plan, "PIECE_ROWS", 3)
+    (tmp_path / "in").mkdir()
+    texts = [{"user": "What?", "assistant": "That."}]
+    rows = [{"images": [{"bytes": png(8 + i), "path": None}], "texts": texts} for i in range(10)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "in" / "rows.parquet")
+    entry = prepare(write_mix(tmp_path / "mix.yaml", {"a": "in"}), tmp_path / "out").source("a")
+    assert (entry.layout, [part.rows for part in entry.parts]) == ("finevision", [10])

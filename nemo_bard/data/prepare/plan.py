@@ -18,9 +18,11 @@ from nemo_bard.data.prepare.mix import Mix, Source
 from nemo_bard.data.prepare.unit import Piece, UnitTask, file_state
 from nemo_bard.data.raw import Unit, choose_layout, find_units, read_unit
 from nemo_bard.data.raw.unit import printable
-from nemo_bard.data.sample import RejectedError
+from nemo_bard.data.sample import Record, RejectedError
 
 FORMAT = 1
+PIECE_ROWS = 1024
+"""Rows of a unit of work, where rows name files of images: a unit of raw data may name hundreds of thousands."""
 LOOKED_AT = 32
 """Rows at the start of a source that its layout and the columns of its filters are looked for in."""
 
@@ -36,9 +38,9 @@ class PlannedSource:
     """Size and time of its files."""
 
     @property
-    def bytes(self) -> int:
-        """Size of all pieces."""
-        return sum(piece.bytes for piece in self.pieces)
+    def rows(self) -> int:
+        """Rows of all pieces."""
+        return sum(piece.rows for piece in self.pieces)
 
     def task(self, folder: OutFolder, number: int, *, with_keys: bool) -> UnitTask:
         """What a worker has to know of a unit."""
@@ -69,9 +71,10 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
     with naming(source.name):
         units = find_units(source.path, split=source.options.split)
         layout = choose_layout(units, source.options.layout)
-        _look(source, layout, units)
+        records = _look(source, layout, units)
+        most = PIECE_ROWS if any(map(_names_files, records)) else max(unit.rows for unit in units)
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
-    pieces = list(chain.from_iterable(map(Piece.of, units)))
+    pieces = list(chain.from_iterable(Piece.of(unit, most) for unit in units))
     return PlannedSource(source=source, layout=layout, pieces=pieces, states=states)
 
 
@@ -98,17 +101,30 @@ def _check_apart(source: Source, out: Path) -> None:
         raise ValueError(f"OUT {out} lies in the folder of source {source.name}, {path}; name a folder outside of it")
 
 
-def _look(source: Source, layout: str, units: list[Unit]) -> None:
-    """See that the layout fits some of the first rows, and that the columns of filters are there.
+def _names_files(record: Record) -> bool:
+    """Whether a row has images or videos in files of their own, so that its unit says nothing about how much there is to do."""
+    contents = [turn.get("content") for turn in record.messages if isinstance(turn, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    inside = [image.get("bytes") if isinstance(image, Mapping) else image for image in record.images]
+    return (
+        bool(record.videos)
+        or any(not isinstance(image, bytes) for image in inside)
+        or any(part.get("type") != "text" for part in parts)
+    )
+
+
+def _look(source: Source, layout: str, units: list[Unit]) -> list[Record]:
+    """Lay the first rows out, and see that the layout fits some of the first rows, and that the columns of filters are there.
 
     A wrong layout would reject all rows, a misspelt column leave them out.
     """
-    misfits, columns = [], dict[str, None]()
+    misfits, records, columns = [], list[Record](), dict[str, None]()
     rows = [row for _, row in islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT)]
     rows = [row for row in rows if not isinstance(row, RejectedError)]
     for row in rows:
         try:
-            columns.update(dict.fromkeys(lay_out(layout, row).facts))
+            records.append(lay_out(layout, row))
+            columns.update(dict.fromkeys(records[-1].facts))
         except RejectedError as error:
             misfits += [error] if error.kind == "layout" else []
     if rows and len(misfits) == len(rows):
@@ -119,6 +135,7 @@ def _look(source: Source, layout: str, units: list[Unit]) -> None:
             hint = f" (did you mean {near!r}?)" if near else ""
             there = f"there are {', '.join(columns)}" if columns else f"the layout {layout} tells of none"
             raise ValueError(f"filter.{one.column}: no such column{hint}; {there}")
+    return records
 
 
 # ------------------ the folder's own plan ------------------

@@ -132,8 +132,8 @@ def _make(
     ]
     with RejectsFile(folder.path) as rejects:
         fold = Fold(folder, works, rejects)
-        total = sum(one.bytes for one in planned)
-        with Progress("preparing", total, "B", say) as progress:
+        total = sum(one.rows for one in planned)
+        with Progress("preparing", total, "row", say) as progress:
             _Schedule(planned, folder, workers, fold, progress, retry=retry).run()
         rejects.publish()
     for entry in fold.entries:
@@ -172,7 +172,8 @@ class _Schedule:
             for task, record in self.workers.next():
                 where = self._index(task.source), task.number
                 self.ready[where] = record
-                self.progress.update(self.planned[where[0]].pieces[where[1]].bytes, record.read)
+                rows = self.planned[where[0]].pieces[where[1]].rows
+                self.progress.update(rows, 0 if record.part is None else record.part.bytes)
             self._put_together()
             self.progress.tell(self.fold.counts)
         self.workers.abandon()  # units beyond a limit
@@ -197,7 +198,7 @@ class _Schedule:
         record = self.folder.read_record(one.source.name, number)
         if record is not None and not (self.retry and record.rejects):
             self.ready[self.source, number] = record
-            self.progress.skip(one.pieces[number].bytes, record.read)
+            self.progress.skip(one.pieces[number].rows)
             return
         with_keys = self.fold.needs_keys(self.fold.works[self.source])
         self.workers.submit(do_unit, one.task(self.folder, number, with_keys=with_keys))
@@ -224,7 +225,7 @@ class _Schedule:
         one = self.planned[work.index]
         if self.source == work.index:
             left = one.pieces[self.unit :]
-            self.progress.skip(sum(piece.bytes for piece in left), 0)
+            self.progress.skip(sum(piece.rows for piece in left))
             self.source, self.unit = work.index + 1, 0
         self.folded = 0
         self.ready = {where: record for where, record in self.ready.items() if where[0] > work.index}

@@ -24,7 +24,6 @@ from nemo_bard.data.raw.unit import Rows, printable
 from nemo_bard.data.sample import RejectedError, Sample
 from nemo_bard.data.vetting import VetSettings, content_key, vet
 
-PIECE_ROWS = 2048
 READ_ON = ("parquet",)
 """Formats in which a row by its number costs more than the rows before it."""
 
@@ -35,7 +34,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Rows of a unit of raw data: all of them, or some if there are many, as each may have an image in a file of its own."""
+    """Rows of a unit of raw data: all of them, or some, where each may have images in files of their own."""
 
     unit: Unit
     first: int
@@ -44,18 +43,18 @@ class Piece:
     @property
     def whole(self) -> bool:
         """Whether it is all of the unit."""
-        return self.stop - self.first == self.unit.rows
+        return self.rows == self.unit.rows
 
     @property
-    def bytes(self) -> int:
-        """About how much of the file it is."""
-        return self.unit.bytes * self.stop // self.unit.rows - self.unit.bytes * self.first // self.unit.rows
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.first
 
     @classmethod
-    def of(cls, unit: Unit) -> Iterator[Piece]:
-        """The pieces of a unit, in order."""
-        for first in range(0, unit.rows, PIECE_ROWS):
-            yield cls(unit=unit, first=first, stop=min(first + PIECE_ROWS, unit.rows))
+    def of(cls, unit: Unit, rows: int) -> Iterator[Piece]:
+        """The pieces of a unit, in order, of at most ``rows`` rows each."""
+        for first in range(0, unit.rows, rows):
+            yield cls(unit=unit, first=first, stop=min(first + rows, unit.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
