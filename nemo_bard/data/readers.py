@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from nemo_bard.base.errors import nearest
 from nemo_bard.base.registry import Registry, import_dotted
-from nemo_bard.data.jsonl import load_json
+from nemo_bard.data.json_text import load_json
 from nemo_bard.data.prepared.layout import is_prepared
 from nemo_bard.data.raw.files import FORMATS
 

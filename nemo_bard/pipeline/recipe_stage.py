@@ -117,7 +117,7 @@ class RecipeStage(Stage):
         if settings.data:
             merge(recipe, place.chain.data.get("recipe") or {})
             validation = recipe.get("validation_dataset")
-            if isinstance(validation, Mapping) and "path" in validation and validation["path"] is None:
+            if isinstance(validation, Mapping) and any(validation.get(key, "") is None for key in ("path", "spec")):
                 recipe.pop("validation_dataset")
                 recipe.pop("validation_dataloader", None)
         for key, dotted in SHORT_KEYS.items():

@@ -134,6 +134,8 @@ def test_lists_with_commas_too_many_or_too_few(tmp_path):
     assert kinds('[{"a": 1}, "x,y", 3, [1, 2]]') == ["row", "layout", "layout", "layout"]
     assert kinds('{\n "a": [1,\n 2]\n}') == ["row"]
     assert kinds('{"a": 1}\n{"a": 2}\n') == ["row", "row"]  # JSON lines under another name
+    assert kinds('{"a": 1,}\n{"a": 2}\n') == ["bad_json", "row"]
+    assert kinds('{"a": [\n{"b": 1}\n]}\n') == ["row"]
 
 
 def damaged(folder, name):
