@@ -6,13 +6,14 @@ import contextlib
 import io
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.sample import RejectedError
@@ -30,6 +31,12 @@ JPEG_QUALITY = 95
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 _SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 _BAD_EXIF = (SyntaxError, struct.error, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError)
+_LOCK = threading.Lock()
+_GLOBALS = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    (Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2),  # twice as many are an error
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 64 * 1024 * 1024),  # 1 MB refuses images for the metadata of Photoshop
+)
 _LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 _BYTES = "given as bytes"
 
@@ -216,17 +223,18 @@ def _opened(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
 def _strict() -> Iterator[None]:
     """Pillow as it must be here: importing AutoModel's multimodal data sets, for one, lets truncated files pass.
 
-    Its warnings (large images, odd metadata) are not for the terminal. All these are globals of a process, so that threads
-    must not decode at once.
+    Its warnings (large images, odd metadata) are not for the terminal. All these are globals of a process, hence the lock.
     """
-    truncated, limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MAX_PIXELS // 2  # an error above twice the limit
-    try:
-        with warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings():
+        before = [getattr(module, name) for module, name, _ in _GLOBALS]
+        for module, name, value in _GLOBALS:
+            setattr(module, name, value)
+        try:
             warnings.simplefilter("ignore")
             yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = truncated, limit
+        finally:
+            for (module, name, _), value in zip(_GLOBALS, before, strict=True):
+                setattr(module, name, value)
 
 
 def _check(image: Image.Image, name: str) -> None:

@@ -6,6 +6,7 @@ whichever rows they get. Which samples share a row is fixed for a run; a data lo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.data.lengths import UNKNOWN_LENGTH, measured_once
 from nemo_bard.data.ranks import Ranks
+from nemo_bard.data.stream import identity_of, is_ordered
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +144,15 @@ class PackedDataset:
 
     def __init__(self, dataset: Any, packs: Packs) -> None:
         self.dataset, self.packs = dataset, packs
+        self.ordered = is_ordered(dataset)
 
     def __len__(self) -> int:
         return len(self.packs)
+
+    def identity(self) -> dict[str, str]:
+        """What the rows depend on: the data set's own identity, and which samples share a row."""
+        digest = hashlib.sha256(self.packs.edges.tobytes() + self.packs.members.tobytes()).hexdigest()
+        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest[:16]}"}
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         """Return the samples of a row.
