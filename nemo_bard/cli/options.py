@@ -69,7 +69,7 @@ def follow_strategies(
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, ``--device``, ``--dtype``, and report wrong words as every other error: in one line."""
-    parser.error = _raise_error
+    parser.error = raise_error
     parser.add_argument("--model", required=True, metavar="DIR", type=Path, help="checkpoint folder")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     parser.add_argument(
@@ -77,7 +77,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _raise_error(message: str) -> NoReturn:
+def raise_error(message: str) -> NoReturn:
+    """What a parser calls for wrong words, in place of printing its usage: the command line shows one line."""
     raise ValueError(message)
 
 

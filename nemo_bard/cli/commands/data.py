@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-SUBCOMMANDS: dict[str, str] = {}
+SUBCOMMANDS: dict[str, str] = {
+    "show": "nemo_bard.cli.commands.data_show",
+}
 """Name -> module with ``add_parser(subparsers)`` and ``run(args)``."""
 
 
