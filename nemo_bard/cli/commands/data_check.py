@@ -48,10 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Check, and tell."""
-    from nemo_bard.data.audit.run import check
     from nemo_bard.upstream.console import hush
 
     hush()
+    from nemo_bard.data.audit.run import check
+
     report = check(
         args.path,
         whole=args.all,

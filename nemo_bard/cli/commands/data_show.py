@@ -36,19 +36,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--turns", choices=("all", "last"), default="all", help="supervised turns (default: all)")
     parser.add_argument("--max-length", type=options.positive, metavar="N", help="tell of this one too")
     parser.add_argument(
-        "--rows", type=_rows, default=ROWS, metavar="N", help=f"rows of each source to look at, or all (default: {ROWS})"
+        "--rows",
+        type=_rows,
+        default=ROWS,
+        metavar="N",
+        help=f"rows of each source to look at, or all (default: {ROWS})",
     )
     parser.add_argument("--seed", type=int, default=0, help="which rows and samples (default: 0)")
     parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="processes (default: 1)")
     run = parser.add_argument_group("the run")
-    run.add_argument("--samples", type=options.positive, metavar="N", help="of the run (default: one pass over all rows)")
+    run.add_argument(
+        "--samples", type=options.positive, metavar="N", help="of the run (default: one pass over all rows)"
+    )
     run.add_argument(
         "--weights", type=_weights, metavar="A=X,B=Y", help="of every source, in any unit (default: by its rows)"
     )
     out = parser.add_argument_group("output")
     out.add_argument("--html", type=Path, metavar="FILE", help="write a page with samples, in one file")
     out.add_argument("--png", type=Path, metavar="FILE", help="write the histograms")
-    out.add_argument("--examples", type=options.positive, default=6, metavar="N", help="samples on the page (default: 6)")
+    out.add_argument(
+        "--examples", type=options.positive, default=6, metavar="N", help="samples on the page (default: 6)"
+    )
     out.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     out.add_argument("--json", action="store_true", help="print JSON")
     parser.error = options.raise_error
@@ -63,16 +71,15 @@ def _weights(text: str) -> dict[str, float]:
     """``a=2,b=1`` as a mapping."""
     weights: dict[str, float] = {}
     for word in text.split(","):
-        name, equals, value = word.rpartition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise argparse.ArgumentTypeError(f"must be SOURCE=NUMBER,..., got {word!r}")
+        name, _, value = word.rpartition("=")
         if name in weights:
             raise argparse.ArgumentTypeError(f"{name} is given twice")
-        weights[name] = weight
+        try:
+            weights[name] = float(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be SOURCE=NUMBER,..., got {word!r}") from error
+        if not name:
+            raise argparse.ArgumentTypeError(f"must be SOURCE=NUMBER,..., got {word!r}")
     return weights
 
 
@@ -81,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.html, args.png):
         if path is not None:
             options.writable_file(path, overwrite=args.overwrite)
+    from nemo_bard.upstream.console import hush
+
+    hush()
     from nemo_bard.data.survey.measure import measure
     from nemo_bard.data.survey.sources import open_sources
     from nemo_bard.data.survey.survey import SourceSurvey, Survey, as_dict, plan_draws

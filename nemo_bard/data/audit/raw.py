@@ -41,9 +41,7 @@ def unit_tasks(path: Path, *, layout: str | None, split: str | None, settings: V
     """
     units = find_units(path, split=split)
     name = layout or detect(_first_row(path, units))
-    return [
-        UnitTask(unit=unit, layout=name, root_dir=Path(unit.file).parent, settings=settings) for unit in units
-    ]
+    return [UnitTask(unit=unit, layout=name, root_dir=Path(unit.file).parent, settings=settings) for unit in units]
 
 
 def _first_row(path: Path, units: list[Unit]) -> dict[str, object]:

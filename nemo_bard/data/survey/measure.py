@@ -26,14 +26,12 @@ class Glance(NamedTuple):
     turns: int
     """Turns of user and assistant."""
     images: int
-    pixels: int
-    """Of all images together."""
 
 
 class Unusable(NamedTuple):
     """A row that cannot be used."""
 
-    index: int
+    row: int
     where: str
     reason: str
 
@@ -45,7 +43,9 @@ class Measured:
     looked: int
     """Rows that were looked at."""
     glances: np.ndarray
-    """``[n, 6]`` int64, the fields of ``Glance`` of those that can be used."""
+    """``[n, 5]`` int64, the fields of ``Glance`` of those that can be used."""
+    pixels: np.ndarray
+    """Of each of their images, ``[images]`` int64."""
     unusable: list[Unusable]
     sizes: SampleSizes | None
     """In tokens; None without a processor."""
@@ -57,12 +57,23 @@ class Measured:
         return self.glances[:, Glance._fields.index(name)]
 
 
-def glance(item: dict[str, Any]) -> Glance:
-    """Count words, turns, images and pixels of an item of a data set."""
-    words = response_words = characters = turns = images = pixels = 0
+class Seen(NamedTuple):
+    """A sample that can be used."""
+
+    glance: Glance
+    pixels: list[int]
+    """Of each image."""
+    outline: Outline | None
+    """None without a processor."""
+
+
+def glance(item: dict[str, Any]) -> tuple[Glance, list[int]]:
+    """Count words and turns of an item of a data set, and the pixels of each of its images."""
+    words = response_words = characters = turns = 0
+    pixels = []
     for message in item["conversation"]:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         turns += message["role"] != "system"
         for part in parts:
             if part["type"] == "text":
@@ -72,9 +83,8 @@ def glance(item: dict[str, Any]) -> Glance:
                 response_words += count * (message["role"] == "assistant")
             elif part["type"] == "image":
                 width, height = part["image"].size
-                images += 1
-                pixels += width * height
-    return Glance(words, response_words, characters, turns, images, pixels)
+                pixels.append(width * height)
+    return Glance(words, response_words, characters, turns, len(pixels)), pixels
 
 
 class _Look:
@@ -83,11 +93,11 @@ class _Look:
     def __init__(self, source: Source, chosen: np.ndarray, collator: BlockDiffusionCollator | None) -> None:
         self.source, self.chosen, self.collator = source, chosen, collator
 
-    def __call__(self, place: int) -> tuple[Glance, Outline | None] | Unusable:
+    def __call__(self, place: int) -> Seen | Unusable:
         index = int(self.chosen[place])
         try:
             item = self.source.peek(index)
-            return glance(item), None if self.collator is None else self.collator.outline(item)
+            return Seen(*glance(item), None if self.collator is None else self.collator.outline(item))
         except ERRORS as error:
             return Unusable(index, self._where(index), one_line(error))
 
@@ -139,10 +149,11 @@ def measure(
     usable = [one for one in seen if not isinstance(one, Unusable)]
     sizes = kept
     if kept is None and collator is not None:
-        sizes = SampleSizes.from_outlines([outline for _, outline in usable if outline is not None])
+        sizes = SampleSizes.from_outlines([one.outline for one in usable if one.outline is not None])
     return Measured(
         looked=len(chosen),
-        glances=np.array([counts for counts, _ in usable], dtype=np.int64).reshape(-1, len(Glance._fields)),
+        glances=np.array([one.glance for one in usable], dtype=np.int64).reshape(-1, len(Glance._fields)),
+        pixels=np.array([count for one in usable for count in one.pixels], dtype=np.int64),
         unusable=[one for one in seen if isinstance(one, Unusable)],
         sizes=sizes,
         sizes_of_all=kept is not None or (sizes is not None and len(chosen) == source.rows),

@@ -105,7 +105,8 @@ class Survey:
             counted[:] = False
             counted[sizes.response_edges[1:] - 1] = True
         found = {}
-        for block in sorted({*BLOCK_SIZES, *([] if self.block_size is None else [self.block_size])}):
+        blocks: list[int] = sorted({*BLOCK_SIZES, *([] if self.block_size is None else [self.block_size])})
+        for block in blocks:
             filled = np.bincount(owner, weights=(-lengths % block) * counted, minlength=len(sizes))
             found[block] = ratio(filled, sizes.row_lengths(block, turns=self.turns), one.known_rows(sizes))
         return found
@@ -198,8 +199,9 @@ def distributions(survey: Survey, one: SourceSurvey) -> dict[str, np.ndarray]:
     else:
         found["tokens of a training row"] = lengths
         found["tokens of a response"] = (sizes.responses[:, 1] - sizes.responses[:, 0]).astype(np.int64)
-    found["pixels of its images"] = measured.column("pixels")
-    found["turns"] = measured.column("turns")
+    found["pixels of an image"] = measured.pixels
+    found["images of a sample"] = measured.column("images")
+    found["turns of a sample"] = measured.column("turns")
     return found
 
 
@@ -233,10 +235,7 @@ def _source_dict(survey: Survey, one: SourceSurvey) -> dict[str, Any]:
         "unusable": [row._asdict() for row in measured.unusable],
         "lengths_of_all": measured.sizes_of_all,
         "distributions": {name: quantiles(values) for name, values in distributions(survey, one).items()},
-        "images": {str(n): int(c) for n, c in zip(*np.unique(measured.column("images"), return_counts=True), strict=True)},
         "characters": quantiles(measured.column("characters")),
         "kept": plain(survey.kept(one)),
         "padding": plain(survey.padding(one)),
     }
-
-

@@ -140,7 +140,7 @@ def _pieces(
             text = longer
         pieces.append(
             Piece(
-                text=f"{end - place} tokens of images or videos" if is_media else text,
+                text=f"{end - place} tokens of an image or video" if is_media else text,
                 tokens=end - place,
                 supervised=is_supervised,
                 block=int(blocks[place]) if is_supervised else -1,

@@ -46,11 +46,7 @@ def run_table(survey: Survey) -> Table:
         bad = sum(one.unmeasured for one in survey.sources)
         total = sum(one.source.rows for one in survey.sources)
         rows.append(["all", f"{total:,}", "100 %", f"{survey.run_samples:,}", "", f"{looked:,}", f"{bad:,}"])
-    remarks = [
-        f"{where}: {reason}"
-        for one in survey.sources
-        for _, where, reason in one.measured.unusable[:3]
-    ]
+    remarks = [f"{where}: {reason}" for one in survey.sources for _, where, reason in one.measured.unusable[:3]]
     header = ["source", "rows", "weight", "draws", "epochs", "looked at", "unusable"]
     return Table(title="Sources, and what a run draws of them", header=header, rows=rows, remarks=remarks)
 
@@ -65,7 +61,15 @@ def left_out_table(survey: Survey) -> Table | None:
     rows, remarks = [], []
     for entry in known:
         counts = {**entry.filtered, **entry.rejected}
-        rows.append([entry.name, entry.layout, f"{entry.read:,}", *(f"{counts.get(r, 0):,}" for r in reasons), f"{entry.rows:,}"])
+        rows.append(
+            [
+                entry.name,
+                entry.layout,
+                f"{entry.read:,}",
+                *(f"{counts.get(r, 0):,}" for r in reasons),
+                f"{entry.rows:,}",
+            ]
+        )
         missing = entry.read - sum(counts.values()) - entry.rows
         if missing:
             remarks.append(f"{entry.name}: {missing:,} of the rows read are in none of these columns")
@@ -88,12 +92,16 @@ def kept_table(survey: Survey) -> Table | None:
         return None
     of_draws = survey.kept_of_draws()
     if of_draws is not None and len(survey.sources) > 1:
-        rows.append(["all, as drawn", *(f"{100 * of_draws[limit]:.1f} %" for limit in survey.limits)])
+        rows.append(
+            ["all, as drawn", *(f"{100 * of_draws[limit]:.1f}".replace("100.0", "100") for limit in survey.limits)]
+        )
     header = ["max_length", *(_limit(survey, limit) for limit in survey.limits)]
     remarks = [f"block size {survey.block_size}, supervised turns: {survey.turns}; a row holds its noisy copies too"]
+    if survey.max_length is not None:
+        remarks.append("* the configured one")
     if any_estimate:
         remarks.append("in brackets: where the share of the whole source lies with 95 % confidence")
-    return Table(title="Samples kept by max_length", header=header, rows=rows, remarks=remarks)
+    return Table(title="Samples kept by max_length, %", header=header, rows=rows, remarks=remarks)
 
 
 def padding_table(survey: Survey) -> Table | None:
@@ -105,7 +113,7 @@ def padding_table(survey: Survey) -> Table | None:
     rows = [[one.source.name, *(_share(share) for share in shares.values())] for one, shares in known]
     header = ["block size", *(str(block) for block in known[0][1])]
     return Table(
-        title="Tokens of training rows that fill up blocks",
+        title="Tokens of training rows that only fill up blocks, %",
         header=header,
         rows=rows,
         remarks=["without what pads rows of a batch to one length"],
@@ -117,6 +125,5 @@ def _limit(survey: Survey, limit: int) -> str:
 
 
 def _share(share: Estimate) -> str:
-    if share.exact:
-        return f"{100 * share.value:.1f} %"
-    return f"{100 * share.value:.1f} % ({100 * share.low:.1f}-{100 * share.high:.1f})"
+    value, low, high = (f"{100 * part:.1f}".replace("100.0", "100") for part in share)
+    return value if low == high else f"{value} ({low}-{high})"

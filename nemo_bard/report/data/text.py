@@ -30,7 +30,9 @@ def render_table(table: Table) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.header))]
     lines = [table.title]
     for row in cells:
-        first, *others = (cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        first, *others = (
+            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         lines.append("  ".join(["", first, *others]).rstrip())
     return "\n".join([*lines, *(f"  {remark}" for remark in table.remarks)]) + "\n"
 
