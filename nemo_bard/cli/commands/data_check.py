@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_bard.cli import options
@@ -41,6 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--layout", metavar="NAME", help="of raw data (default: by its columns)")
     parser.add_argument("--split", metavar="NAME", help="of raw data")
+    parser.add_argument(
+        "--root-dir",
+        type=Path,
+        metavar="DIR",
+        help="of raw data: where relative paths of images start (default: its folder)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON with every defect")
     parser.error = options.raise_error
     return parser
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         layout=args.layout,
         split=args.split,
+        root_dir=args.root_dir,
     )
     sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n" if args.json else render(report))
     return 1 if report.findings.total else 0

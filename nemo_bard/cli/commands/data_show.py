@@ -91,10 +91,13 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bard.upstream.console import hush
 
     hush()
+    import torch
+
     from nemo_bard.data.survey.measure import measure
     from nemo_bard.data.survey.sources import open_sources
     from nemo_bard.data.survey.survey import SourceSurvey, Survey, as_dict, plan_draws
 
+    torch.set_num_threads(1)  # tensors of one sample are small: more threads only wait for each other
     sources = open_sources(args.path)
     draws = plan_draws({one.name: one.rows for one in sources}, samples=args.samples, weights=args.weights)
     collator = _collator(args)

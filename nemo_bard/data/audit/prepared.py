@@ -37,6 +37,11 @@ class PartTask:
         """The file."""
         return self.folder / self.part.name
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
 
 def check_files(folder: Path, manifest: Manifest) -> Findings:
     """Look for the files of a manifest, and compare their sizes.

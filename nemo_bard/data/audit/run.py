@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -19,7 +20,17 @@ from nemo_bard.data.ranks import deal_out
 from nemo_bard.data.readers import open_dataset
 from nemo_bard.data.rejects import ERRORS
 
-T = TypeVar("T")
+
+class Task(Protocol):
+    """What is to be checked in one piece."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        ...
+
+
+T = TypeVar("T", bound=Task)
 
 
 def check(
@@ -31,6 +42,7 @@ def check(
     jobs: int = 1,
     layout: str | None = None,
     split: str | None = None,
+    root_dir: Path | None = None,
 ) -> Report:
     """Find what is wrong with a data set.
 
@@ -42,6 +54,7 @@ def check(
         jobs: Processes.
         layout: Of raw data; found by its columns if None.
         split: Of raw data.
+        root_dir: Of raw data, where relative paths of images start; the folder of the file if None.
 
     Returns:
         What was found.
@@ -53,8 +66,8 @@ def check(
     path = Path(data)
     if is_prepared(path):
         return check_prepared(path, whole=whole, rows=rows, seed=seed, jobs=jobs)
-    if path.exists():
-        return check_raw(path, layout=layout, split=split, jobs=jobs)
+    if path.exists() or glob.has_magic(data):
+        return check_raw(data, layout=layout, split=split, root_dir=root_dir, jobs=jobs)
     return check_reader(data, jobs=jobs)
 
 
@@ -78,15 +91,15 @@ def check_prepared(folder: Path, *, whole: bool, rows: int, seed: int, jobs: int
     return Report(path=str(folder), form="prepared", whole=whole, rows=total, findings=found)
 
 
-def check_raw(path: Path, *, layout: str | None, split: str | None, jobs: int) -> Report:
+def check_raw(path: str, *, layout: str | None, split: str | None, root_dir: Path | None, jobs: int) -> Report:
     """Check every row of raw data; arguments as ``check``."""
     from nemo_bard.data.audit.raw import check_unit, unit_tasks
     from nemo_bard.data.vetting import VetSettings
 
-    tasks = unit_tasks(path, layout=layout, split=split, settings=VetSettings())
+    tasks = unit_tasks(path, layout=layout, split=split, root_dir=root_dir, settings=VetSettings())
     found = Findings()
     _work(check_unit, tasks, [task.unit.bytes for task in tasks], found, jobs=jobs)
-    return Report(path=str(path), form="raw", whole=True, rows=found.checked, findings=found)
+    return Report(path=path, form="raw", whole=True, rows=found.checked, findings=found)
 
 
 def check_reader(data: str, *, jobs: int) -> Report:
@@ -139,4 +152,6 @@ def _work(
                     take(done, result)
                     done += 1
             except BrokenProcessPool as error:
-                raise RunError(f"a process ended while it was checking {tasks[done]}") from error
+                raise RunError(
+                    f"a process ended while it was checking {tasks[done].name} or a file behind it"
+                ) from error
