@@ -1,4 +1,4 @@
-"""Image files to pixels: the only place that decodes, so that what is prepared, trained on and evaluated is read alike."""
+"""Image files to pixels: the only place that decodes, so that preparing, training and evaluating read alike."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def read_bytes(path: Path) -> bytes:
 def read_image(source: bytes | Path, *, name: str = _BYTES) -> Image.Image:
     """Decode an image to its end.
 
-    Grey of 16 bits keeps the upper 8, transparent parts become white (as qwen-vl-utils does it), CMYK is converted; colour profiles are not applied.
+    Grey of 16 bits keeps the upper 8, transparent parts become white (as qwen-vl-utils does it), CMYK is converted; colour
+    profiles are not applied. What Pillow decodes without an error counts as readable: a JPEG file of the right length may
+    hold wrong bits.
 
     Args:
         source: Bytes of an image file, or its path.
@@ -85,7 +87,8 @@ def read_image(source: bytes | Path, *, name: str = _BYTES) -> Image.Image:
         RGB, turned upright by its EXIF tag, which is gone.
 
     Raises:
-        RejectedError: If it is missing, empty, damaged, animated, too large or too narrow, or has pixels without an eight-bit meaning.
+        RejectedError: If it is missing, empty, damaged, animated, too large or too narrow, or has pixels without an eight-bit
+            meaning.
     """
     if isinstance(source, Path):
         return _decode(read_bytes(source), str(source)).image
@@ -101,8 +104,8 @@ def image_size(source: bytes | Path, *, name: str = _BYTES) -> Size:
     stream = _stream_of(source) if isinstance(source, Path) else io.BytesIO(source)
     name = str(source) if isinstance(source, Path) else name
     with stream, _opened(stream, name) as image:
-        if image.format == "PNG" and _has_late_text(stream):
-            image.load()
+        if image.format == "ICO" or (image.format == "PNG" and _has_late_text(stream)):
+            image.load()  # else the size, or which way is up, is not yet known
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -110,7 +113,8 @@ def image_size(source: bytes | Path, *, name: str = _BYTES) -> Size:
 def shrink(data: bytes, max_pixels: int | None, *, name: str = _BYTES) -> tuple[bytes, Size]:
     """Decode an image to its end, and make it smaller if it is larger than allowed.
 
-    A smaller one has the size of ``shrunk_size`` and no metadata. JPEG stays JPEG and PNG stays PNG; of the others, lossy ones without transparency become JPEG and all the rest PNG.
+    A smaller one has the size of ``shrunk_size`` and no metadata. JPEG stays JPEG and PNG stays PNG; of the others, lossy
+    ones without transparency become JPEG and all the rest PNG.
 
     Args:
         data: Bytes of an image file.
@@ -139,24 +143,25 @@ def shrink(data: bytes, max_pixels: int | None, *, name: str = _BYTES) -> tuple[
 def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
     """The size an image gets under a limit of pixels.
 
-    It is the one that Qwen's processor would choose (``smart_resize``: multiples of 32 pixels), so that training does not resize the image a second time.
-    Where that has no answer within the limit, as for narrow images, both sides shrink alike.
+    It is the one that ``smart_resize`` of qwen-vl-utils and of Qwen's processor would choose (multiples of 32 pixels), so
+    that training does not resize the image a second time; importing either takes 600 MB, and this module is for many
+    processes. Where that makes an image vanish or too narrow, both sides shrink alike.
 
     Args:
         width: In pixels.
         height: Likewise.
-        max_pixels: Most pixels.
+        max_pixels: Most pixels, fewer than the image has.
 
     Returns:
         Width and height.
     """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    tall, wide = smart_resize(height, width, factor=PATCH, min_pixels=0, max_pixels=max_pixels)
-    if tall and wide and tall * wide <= max_pixels:
+    excess = math.sqrt(width * height / max_pixels)
+    wide, tall = (round(side / PATCH) * PATCH for side in (width, height))
+    if wide * tall > max_pixels:
+        wide, tall = (math.floor(side / excess / PATCH) * PATCH for side in (width, height))
+    if wide and tall and max(wide, tall) <= MAX_RATIO * min(wide, tall):
         return wide, tall
-    short = math.ceil(min(width, height) * math.sqrt(max_pixels / (width * height)))
-    short = max(1, min(short, math.isqrt(max_pixels)))
+    short = min(math.ceil(min(width, height) / excess), math.isqrt(max_pixels))
     long = max_pixels // short
     return (long, short) if width > height else (short, long)
 
@@ -209,9 +214,10 @@ def _opened(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _strict() -> Iterator[None]:
-    """Pillow as it must be here, whatever others have set: importing AutoModel's multimodal data sets lets truncated files pass.
+    """Pillow as it must be here: importing AutoModel's multimodal data sets, for one, lets truncated files pass.
 
-    Its warnings (large images, odd metadata) are not for the terminal. These are globals of a process, so threads must not decode at once.
+    Its warnings (large images, odd metadata) are not for the terminal. All these are globals of a process, so that threads
+    must not decode at once.
     """
     truncated, limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MAX_PIXELS // 2  # an error above twice the limit

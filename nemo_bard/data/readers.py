@@ -12,6 +12,7 @@ samples has ``check(index)`` and calls ``data.checks.check_samples`` at its end,
 
 from __future__ import annotations
 
+import glob
 import inspect
 import re
 import sys
@@ -21,11 +22,16 @@ from typing import Any, cast
 
 from nemo_bard.base.errors import nearest
 from nemo_bard.base.registry import Registry, import_dotted
+from nemo_bard.data.jsonl import load_json
+from nemo_bard.data.prepared.layout import is_prepared
+from nemo_bard.data.raw.files import FORMATS
 
 Reader = Callable[..., Any]
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-_FILE_ENDS = (".jsonl", ".json")
+_FILE_ENDS = tuple(FORMATS)
+_LOOK_AT = 1 << 20
+"""Bytes of a first line by which its layout is found; those of a longer one are taken as our JSONL."""
 
 
 def _check(name: str, reader: Any) -> None:
@@ -36,7 +42,12 @@ def _check(name: str, reader: Any) -> None:
 READERS: Registry[Reader] = Registry(
     "data",
     "nemo_bard.readers",
-    {"jsonl": "nemo_bard.data.jsonl.make_jsonl", "digits": "nemo_bard.data.digits.read_digits"},
+    {
+        "jsonl": "nemo_bard.data.jsonl.make_jsonl",
+        "digits": "nemo_bard.data.digits.read_digits",
+        "rows": "nemo_bard.data.rows.RowsDataset",
+        "prepared": "nemo_bard.data.prepared.dataset.PreparedDataset",
+    },
     check=_check,
 )
 """Name -> reader; ``NAME:FIRST,key=value`` calls it with ``FIRST`` and the keys."""
@@ -78,7 +89,7 @@ def open_dataset(spec: str | Mapping[str, Any], *, limit: int | None = None, val
     """Open a data set by what users write.
 
     Args:
-        spec: A JSONL file; ``NAME`` or ``NAME:FIRST,key=value,...`` with a registered reader (``digits:test,rows=2``) or
+        spec: A path: a JSONL file, a prepared folder, or raw data of any layout; ``NAME`` or ``NAME:FIRST,key=value,...`` with a registered reader (``digits:test,rows=2``) or
             the dotted name of one; or a section ``{"_target_": dotted name, ...}`` as in a recipe.
         limit: Samples to open; all if None.
         validate: Check all samples at the start, where the reader can.
@@ -122,19 +133,37 @@ def find_reader(spec: str | Mapping[str, Any]) -> tuple[Reader, list[str], dict[
     if not isinstance(spec, str) or not spec:
         raise ValueError(f"data must be a text or a section with _target_, got {spec!r}")
     if Path(spec).exists():
-        return READERS.get("jsonl"), [spec], {}
+        return READERS.get(reader_of(Path(spec))), [spec], {}
     name, colon, rest = spec.partition(":")
     dotted = bool(_DOTTED.fullmatch(name)) and not name.endswith(_FILE_ENDS)
     if name in READERS or dotted:
         return READERS.get(name), *_arguments(spec, rest)
     if not colon:
-        return READERS.get("jsonl"), [spec], {}
+        return READERS.get("rows" if glob.has_magic(spec) else "jsonl"), [spec], {}
     near = nearest(name, READERS.names())
     hint = f" (did you mean {near}:{rest}?)" if near else ""
     raise ValueError(
-        f"data set must be a JSONL file, NAME:... with one of {', '.join(READERS.names())}, or a dotted name, got"
+        f"data set must be a file, a folder, NAME:... with one of {', '.join(READERS.names())}, or a dotted name, got"
         f" {spec!r}{hint}"
     )
+
+
+def reader_of(path: Path) -> str:
+    """The name of the reader of a path that exists: of a prepared folder, of our JSONL, or of any other layout."""
+    if path.is_dir():
+        return "prepared" if is_prepared(path) else "rows"
+    kind = FORMATS.get(path.suffix.lower(), "jsonl")
+    if kind not in ("jsonl", "json"):
+        return "rows"
+    with path.open("rb") as file:
+        first = file.readline(_LOOK_AT)
+    if kind == "json" and first.removeprefix(b"\xef\xbb\xbf").strip() in (b"", b"[", b"{"):
+        return "rows"
+    try:
+        row = load_json(first)
+    except (ValueError, RecursionError):
+        return "rows" if kind == "json" and first.lstrip().startswith(b"[") else "jsonl"
+    return "jsonl" if isinstance(row, dict) and "messages" in row else "rows"
 
 
 def _arguments(spec: str, rest: str) -> tuple[list[str], dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.base.settings import check_settings, choice, integer, setting, text
-from nemo_bard.data.conversation import MediaSource, check_encodable, check_text, check_turn, parse_record
+from nemo_bard.data.conversation import check_encodable, check_text, check_turn, parse_record
 from nemo_bard.data.images import PATCH, Size, shrink
+from nemo_bard.data.media import MediaSource
 from nemo_bard.data.placement import place_media
 from nemo_bard.data.sample import Record, RejectedError, Sample
 from nemo_bard.data.video import find_decoder, read_video

@@ -36,7 +36,7 @@ NAMES = Check(
     "NAMES",
 )
 DATASET = Check(
-    "a JSONL file, digits:SPLIT, a reader or {_target_: ...}",
+    "a file or folder of any layout, a prepared folder, digits:SPLIT, a reader or {_target_: ...}",
     lambda value: isinstance(value, (str, Mapping)) and bool(value),
     str,
     "DATA",

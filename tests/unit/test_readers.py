@@ -81,7 +81,7 @@ def test_files(file):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("shape:round", r"one of jsonl, digits, shapes.*did you mean shapes:round"),
+        ("shape:round", r"one of jsonl, digits, rows, prepared, shapes.*did you mean shapes:round"),
         ("no_such_package.reader", "no_such_package.reader cannot be imported"),
         ("none.jsonl", "none.jsonl does not exist"),
         ("shapes:round,side=4", "unexpected keyword argument 'side'"),

@@ -13,7 +13,7 @@ from nemo_bard.cli import options
 if TYPE_CHECKING:
     from nemo_bard.evaluation.evaluate import EvalResult
 
-DATA_HELP = "JSONL file, or digits:SPLIT[,key=value...] such as digits:test,rows=2"
+DATA_HELP = "file or folder of any layout, prepared folder, or digits:SPLIT[,key=value...] such as digits:test,rows=2"
 SCORER_HELP = (
     "exact_match, accuracy, a dotted path package.module.function(prediction, reference), or several joined by commas"
     " (default: the data set's own, else exact_match,accuracy)"

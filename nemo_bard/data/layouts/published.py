@@ -92,7 +92,7 @@ def onevision(row: Mapping[str, Any]) -> Record:
 @layout("question", RESPONSES)
 def mmfinereason(row: Mapping[str, Any]) -> Record:
     """MMFineReason: ``question`` with ``<image>``, ``image``, a thinking response; ``id`` counts within ``source``."""
-    found = facts(row, ("question", "image", *RESPONSES))
+    found = facts(row, ("question", "image", "id", *RESPONSES))
     for fact, columns in SPELLINGS.items():
         if any(column in row for column in columns):
             found[fact] = one_of(row, columns)

@@ -87,6 +87,8 @@ def _members(file: str, begin: int, end: int | None) -> Iterator[Member]:
                         yield member
             if end is None:
                 _check_end(stream, archive.offset, name)
+    except FileNotFoundError:
+        raise
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{name} cannot be read as a tar archive ({one_line(error)})") from error
 

@@ -24,7 +24,7 @@ def units(file: str) -> Iterator[Unit]:
     """
     name = printable(file)
     with open(file, "rb") as stream:
-        end = lines.text_end(stream.fileno())
+        end = lines.text_end(stream.fileno(), b"\r\n")  # a tab at the end is an empty field
     scanned = _scan(file, 0, end)
     header = next(scanned, None)
     if header is None:

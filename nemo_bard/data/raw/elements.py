@@ -32,7 +32,8 @@ def units(file: str) -> Iterator[Unit]:
             yield from _list_units(file, handle, end)
         elif head[:1] == b"{":
             stream.seek(0)
-            if _is_row(stream.readline()) and stream.tell() < end:
+            first, then = stream.readline(), stream.readline()
+            if len(first) < end and (_is_row(first) or (_is_row(then) and not _is_row(os.pread(handle, end, 0)))):
                 yield from lines.units(file)
             else:
                 yield Unit(file=file, format="json", start=0, rows=1, bytes=end, place=(0, end))

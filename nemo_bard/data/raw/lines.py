@@ -45,12 +45,12 @@ def _chunks(handle: int, end: int) -> Iterator[tuple[int, int]]:
             pending = 0
 
 
-def text_end(handle: int) -> int:
-    """Where the last byte that is no white space ends."""
+def text_end(handle: int, blank: bytes | None = None) -> int:
+    """Where the last byte ends that is none of ``blank``, or no white space."""
     at = os.fstat(handle).st_size
     while at > 0:
         begin = max(at - CHUNK, 0)
-        if text := os.pread(handle, at - begin, begin).rstrip():
+        if text := os.pread(handle, at - begin, begin).rstrip(blank):
             return begin + len(text)
         at = begin
     return 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.data.layouts import LAYOUTS, check_columns, detect, lay_out
 from nemo_bard.data.raw import tables
 from nemo_bard.data.raw.find import find_units, open_unit, read_unit
@@ -18,7 +21,7 @@ from nemo_bard.data.sample import Record, RejectedError
 OPEN_UNITS = 8
 """Units that a process keeps open."""
 _LOOK_AT = 100
-"""Rows of a unit that are looked at for one that can be read."""
+"""Rows of a unit that are looked at for one that tells the layout."""
 
 
 def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
@@ -26,7 +29,7 @@ def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
 
     Args:
         units: Of the source.
-        layout: What the user says it is; found by the columns of the first row that can be read if None.
+        layout: What the user says it is; if None, that of the first row whose columns tell one, of the first hundred.
 
     Returns:
         A name of ``LAYOUTS``, or a dotted name.
@@ -37,21 +40,22 @@ def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
     if layout is not None:
         LAYOUTS.get(layout)
         for unit in {unit.file: unit for unit in units}.values():
-            if (columns := _columns(unit)) is not None:
-                _naming(unit.file, lambda found=columns: check_columns(layout, found))
+            try:
+                check_columns(layout, _columns(unit) or ())
+            except ValueError as error:
+                raise ValueError(f"{printable(unit.file)}: {one_line(error)}") from error
         return layout
+    reason = ""
     for unit in units:
-        for (_, row), _ in zip(read_unit(unit), range(_LOOK_AT), strict=False):
-            if not isinstance(row, RejectedError):
-                return _naming(unit.file, lambda found=row: detect(found))
-    raise ValueError(f"{printable(units[0].file)}: no row can be read; set layout to one of {', '.join(LAYOUTS)}")
-
-
-def _naming(file: str, function: Any) -> Any:
-    try:
-        return function()
-    except ValueError as error:
-        raise ValueError(f"{printable(file)}: {error}") from error
+        for _, row in itertools.islice(read_unit(unit), _LOOK_AT):
+            try:
+                if not isinstance(row, RejectedError):
+                    return detect(row)
+            except ValueError as error:
+                reason = reason or f"{printable(unit.file)}: {one_line(error)}"
+        if reason:
+            break
+    raise ValueError(reason or f"{printable(units[0].file)}: no row of the data can be read")
 
 
 def _columns(unit: Unit) -> list[str] | None:
@@ -120,6 +124,12 @@ class RawSource:
         """File and number of a row in it, from 0; of a folder of images the image."""
         rows, number = self._place(index)
         return rows.names(number)
+
+    def folder(self, index: int) -> Path:
+        """The folder that relative paths of a row start from, that of its file."""
+        rows, _ = self._place(index)
+        file = Path(rows.unit.file)
+        return file if rows.unit.format == "images" else file.parent
 
     def _place(self, index: int) -> tuple[Rows, int]:
         if not 0 <= index < len(self):
