@@ -245,22 +245,6 @@ def measured_once(
     return sizes, path
 
 
-def find_sizes(dataset: Any, collator: BlockDiffusionCollator, cache_dir: Path) -> SampleSizes | None:
-    """What ``measured_once`` wrote into ``cache_dir`` for a data set and a processor; None if it did not.
-
-    Args:
-        dataset: With ``fingerprint()``; without, nothing is ever kept.
-        collator: See ``measure``.
-        cache_dir: Folder of the files; only read.
-
-    Raises:
-        ValueError: If the file cannot be read, or holds another number of samples.
-    """
-    if not hasattr(dataset, "fingerprint"):
-        return None
-    return _kept_sizes(cache_dir / f"lengths-{_key(dataset.fingerprint(), collator)}.npz", len(dataset))
-
-
 def _kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
     if not path.is_file():
         return None
