@@ -51,8 +51,8 @@ NOT_COMPARED = (
     *(key for key in OWN_KEYS if not key.endswith("pretrained_model_name_or_path")),
     "checkpoint.max_recent_checkpoints", "dist_env", "wandb", "mlflow", "dataloader.num_workers",
     "dataloader.pin_memory", "dataloader.persistent_workers", "dataloader.prefetch_factor",
-    "validation_dataloader.num_workers", "step_scheduler.ckpt_every_steps", "step_scheduler.log_remote_every_steps",
-    "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
+    "validation_dataloader.num_workers", "step_scheduler.local_batch_size", "step_scheduler.ckpt_every_steps",
+    "step_scheduler.log_remote_every_steps", "step_scheduler.gc_every_steps", "step_scheduler.loss_average_window_steps",
     "distributed.dp_replicate_size", "distributed.defer_fsdp_grad_sync", "on_bad_sample",
 )  # fmt: skip
 """Keys of a recipe that change how a stage runs but not what comes out; they may differ when a run goes on."""
@@ -117,7 +117,7 @@ class RecipeStage(Stage):
         if settings.data:
             merge(recipe, place.chain.data.get("recipe") or {})
             validation = recipe.get("validation_dataset")
-            if isinstance(validation, Mapping) and "path" in validation and validation["path"] is None:
+            if isinstance(validation, Mapping) and any(validation.get(key, "") is None for key in ("path", "spec")):
                 recipe.pop("validation_dataset")
                 recipe.pop("validation_dataloader", None)
         for key, dotted in SHORT_KEYS.items():

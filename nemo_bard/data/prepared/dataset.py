@@ -61,6 +61,13 @@ class PreparedDataset:
         """A text that changes with the samples."""
         return " ".join(source.fingerprint() for source in self.sources)
 
+    def measured_parts(self) -> list[PreparedSource]:
+        """Its sources, whose lengths are kept beside them (``row_lengths.measured_rows``)."""
+        return self.sources
+
+    def measured_index(self) -> None:
+        """All samples of the sources, in order."""
+
     @staticmethod
     def input_files(path: str, **_: Any) -> dict[str, Path]:
         """The manifest, whose digest stands for all files."""
