@@ -78,6 +78,11 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Bring a file onto the disk, where the file system can."""
+    sync_folder(path)
+
+
 def sync_tree(path: Path) -> None:
     """Bring every file of a folder, and their names, onto the disk."""
     for entry in [path, *path.rglob("*")]:
@@ -108,10 +113,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, *, key: str = "run_dir", wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the run directory; the lock goes with the process, however it ends.
 
     On a file system without locks a line says that nothing keeps another run out.
+
+    Args:
+        run_dir: The folder; made if needed.
+        key: What users know it as.
+        wait_seconds: How long another run may go on holding it; ``LOCK_WAIT_SECONDS`` if None.
 
     Raises:
         ValueError: If another run holds it.
@@ -119,7 +129,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     import fcntl
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
     with (run_dir / LOCK).open("a+") as file:
         while True:
             try:
@@ -128,13 +138,14 @@ def locked(run_dir: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
+                    raise ValueError(f"{key} {run_dir} is in use by another run ({file.read().strip()})") from error
                 time.sleep(0.5)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
                 logger.warning(
-                    "run_dir %s is on a file system without locks (%s): see to it yourself that no other run uses it",
+                    "%s %s is on a file system without locks (%s): see to it yourself that no other run uses it",
+                    key,
                     run_dir,
                     error.strerror,
                 )

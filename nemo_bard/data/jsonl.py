@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.base.errors import one_line, short
-from nemo_bard.data.checks import check_samples
 from nemo_bard.data.conversation import media_of, open_media, parse_record
 
 _PROGRESS_BYTES = 256 * 1024 * 1024
@@ -53,6 +52,8 @@ class JsonlDataset:
         if len(self) == 0:
             raise ValueError(f"data set file {self.path} holds no line")
         if validate:
+            from nemo_bard.data.checks import check_samples  # workers of `data prepare` read JSON without torch
+
             check_samples(self, self.path.name)
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 
 SUBCOMMANDS: dict[str, str] = {
+    "prepare": "nemo_bard.cli.commands.data_prepare",
     "show": "nemo_bard.cli.commands.data_show",
     "check": "nemo_bard.cli.commands.data_check",
 }
