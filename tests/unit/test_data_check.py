@@ -198,7 +198,11 @@ def test_lines_for_a_person(raw, capsys):
     assert main(["data", "check", str(raw)]) == 1
     told = capsys.readouterr().out.splitlines()
     assert [text.partition(" ")[0] for text in told[:20]] == [f"{raw}:{row}" for row in range(20)]
-    assert told[20:] == ["... and 10 more (--json lists them)", f"{raw}: 31 rows checked, 30 defects", "        30  bad_json"]
+    assert told[20:] == [
+        "... and 10 more (--json lists them)",
+        f"{raw}: 31 rows checked, 30 defects",
+        "        30  bad_json",
+    ]
 
 
 def test_images_elsewhere(raw, tmp_path, capsys):

@@ -15,12 +15,14 @@ from prepared_folder import png, sample, write_prepared
 
 from nemo_bard.cli import main
 from nemo_bard.data.lengths import SampleSizes, measured_once
+from nemo_bard.data.mixture.dataset import MixtureDataset
 from nemo_bard.data.survey import measure as measuring
+from nemo_bard.data.survey.draws import plan_draws
 from nemo_bard.data.survey.margins import ratio, share_of_rows
 from nemo_bard.data.survey.measure import choose
 from nemo_bard.data.survey.processor import load_collator
 from nemo_bard.data.survey.sources import open_sources
-from nemo_bard.data.survey.survey import choose_sizes, plan_draws
+from nemo_bard.data.survey.survey import choose_sizes
 from nemo_bard.method.layout import CONTEXT, NOISY, TokenIds, attention_mask, sample_layout
 from nemo_bard.report.data.histogram import ASCII, edges, short_number, spark
 from nemo_bard.report.data.mask import CONTEXT_COLOR, EARLIER_COLOR, OWN_COLOR, draw_mask
@@ -48,9 +50,40 @@ def test_draws_and_epochs(folder, capsys):
         {"weight": 0.25, "samples": 25, "epochs": 25 / 9},
         {"weight": 0.75, "samples": 75, "epochs": 75 / 4},
     ]
-    assert [one.samples for one in plan_draws({"a": 4_400_000, "b": 7}).values()] == [4_400_000, 7]
-    uneven = plan_draws({"a": 5, "b": 5, "c": 5}, samples=100, weights={"a": 1, "b": 1, "c": 1})
-    assert sorted(one.samples for one in uneven.values()) == [33, 33, 34]
+    told = show(capsys, folder, "--repetitions", "charts=2.5")
+    assert re.search(r"charts +9 +100 % +22 +2.44 ", told)
+    assert re.search(r"text +4 +0 % +0 +0 ", told)
+
+
+@pytest.mark.parametrize(
+    ("asked", "samples"),
+    [
+        (None, None),
+        ({"charts": {"weight": 1}, "text": {"weight": 3.7}}, 1003),
+        ({"text": {"repetitions": 0.6}, "charts": {"repetitions": 3.3}}, None),
+        ({"text": {"repetitions": 20}}, 17),
+    ],
+)
+def test_draws_are_those_of_the_mixture(folder, asked, samples):
+    drawn = MixtureDataset(folder, asked, samples).draws_per_source()
+    planned = plan_draws(open_sources(str(folder)), folder, asked=asked, samples=samples)
+    assert sum(one.samples for one in planned.values()) == sum(drawn.values())
+    assert all(abs(one.samples - drawn.get(name, 0)) <= 1 for name, one in planned.items())
+
+
+def test_a_config_says_what_is_drawn(folder, start, capsys, tmp_path):
+    section = f"path: {folder}\nsources: {{charts: {{weight: 1}}, text: {{weight: 4}}}}\nsamples: 50\nmax_length: 777\n"
+    (tmp_path / "mine.yaml").write_text(section)
+    words = ("--config", tmp_path / "mine.yaml", "--model", start)
+    told = json.loads(show(capsys, folder, *words, "--json"))
+    assert [one["draws"]["samples"] for one in told["sources"]] == [10, 40]
+    assert (told["max_length"], told["run_samples"]) == (777, 50)
+    lines = [f"  {line}" for line in section.splitlines()[:3]]
+    recipe = "\n".join(["dataset:", *lines, "dataloader: {collate_fn: {max_length: 777}}"])
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    words = ("--config", tmp_path / "recipe.yaml", "--model", start)
+    assert json.loads(show(capsys, folder, *words, "--json")) == told
+    assert json.loads(show(capsys, folder, *words, "--samples", "5", "--json"))["run_samples"] == 5
 
 
 def test_counts_without_a_model_are_of_words(folder, capsys):
@@ -233,9 +266,14 @@ def test_sizes_of_some_samples_are_theirs():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--weights", "chart=1,text=2"), "weights must be one of charts, text, got 'chart' (did you mean 'charts'?)"),
-        (("--weights", "charts=1"), "weights: text has none; every source needs one: charts, text"),
-        (("--weights", "charts=0,text=1"), "weights: charts must be a number > 0, got 0"),
+        (("--weights", "chart=1"), "sources: {0} has no source chart; did you mean charts?; it has charts, text"),
+        (("--weights", "charts=0,text=1"), "sources.charts.weight must be a finite number > 0, got 0.0"),
+        (("--weights", "text=1", "--repetitions", "text=1"), "--weights and --repetitions exclude each other"),
+        (
+            ("--config", "/nowhere.yaml"),
+            "--config /nowhere.yaml cannot be read as YAML ([Errno 2] No such file or directory: '/nowhere.yaml')",
+        ),
+        (("--layout", "llava"), "--layout is of raw data, {0} is a prepared folder"),
         (("--weights", "charts"), "argument --weights: must be SOURCE=NUMBER,..., got 'charts'"),
         (("--block-size", "8"), "--block-size needs --model, whose processor counts tokens"),
         (("--model", "/nowhere"), "model folder /nowhere does not exist"),
@@ -245,7 +283,7 @@ def test_sizes_of_some_samples_are_theirs():
 )
 def test_wrong_input_is_one_line(folder, capsys, words, told):
     assert main(["data", "show", str(folder), *words]) == 2
-    assert capsys.readouterr().err == f"error: {told}\n"
+    assert capsys.readouterr().err == f"error: {told.format(folder)}\n"
 
 
 def test_an_image_given_twice_is_drawn_twice(start, tmp_path):

@@ -44,12 +44,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument("--seed", type=int, default=0, help="which rows and samples (default: 0)")
     parser.add_argument("--jobs", type=options.positive, default=1, metavar="N", help="processes (default: 1)")
+    raw = parser.add_argument_group("raw data")
+    raw.add_argument("--layout", metavar="NAME", help="(default: by its columns)")
+    raw.add_argument("--split", metavar="NAME", help="which of its files")
+    raw.add_argument("--root-dir", metavar="DIR", help="where relative paths of images start (default: its folder)")
     run = parser.add_argument_group("the run")
     run.add_argument(
-        "--samples", type=options.positive, metavar="N", help="of the run (default: one pass over all rows)"
+        "--samples",
+        type=options.positive,
+        metavar="N",
+        help="of the run (default: what repetitions give; with weights, as many as rows)",
     )
     run.add_argument(
-        "--weights", type=_weights, metavar="A=X,B=Y", help="of every source, in any unit (default: by its rows)"
+        "--weights", type=_numbers, metavar="A=X,B=Y", help="sources to draw from, with their shares in any unit"
+    )
+    run.add_argument(
+        "--repetitions", type=_numbers, metavar="A=X,B=Y", help="sources to draw from, and how often each row comes"
+    )
+    run.add_argument(
+        "--config", type=Path, metavar="YAML", help="a recipe, or a data section of a chain, that says all of this"
     )
     out = parser.add_argument_group("output")
     out.add_argument("--html", type=Path, metavar="FILE", help="write a page with samples, in one file")
@@ -67,7 +80,7 @@ def _rows(text: str) -> int | None:
     return None if text == "all" else options.positive(text)
 
 
-def _weights(text: str) -> dict[str, float]:
+def _numbers(text: str) -> dict[str, float]:
     """``a=2,b=1`` as a mapping."""
     weights: dict[str, float] = {}
     for word in text.split(","):
@@ -93,13 +106,15 @@ def run(args: argparse.Namespace) -> int:
     hush()
     import torch
 
+    from nemo_bard.data.survey.draws import plan_draws
     from nemo_bard.data.survey.measure import measure
     from nemo_bard.data.survey.sources import open_sources
-    from nemo_bard.data.survey.survey import SourceSurvey, Survey, as_dict, plan_draws
+    from nemo_bard.data.survey.survey import SourceSurvey, Survey, as_dict
 
     torch.set_num_threads(1)  # tensors of one sample are small: more threads only wait for each other
-    sources = open_sources(args.path)
-    draws = plan_draws({one.name: one.rows for one in sources}, samples=args.samples, weights=args.weights)
+    _read_config(args)
+    sources = open_sources(_spec(args))
+    draws = plan_draws(sources, Path(args.path), asked=_asked(args), samples=args.samples)
     collator = _collator(args)
     surveys = []
     for number, source in enumerate(sources):
@@ -123,6 +138,39 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             sys.stdout.write(f"wrote {path}\n")
     return 0
+
+
+def _read_config(args: argparse.Namespace) -> None:
+    """Fill in what the command line leaves to ``--config``."""
+    if args.config is None:
+        return
+    from nemo_bard.data.survey.draws import read_run
+
+    said = read_run(args.config)
+    if said.path is not None and Path(said.path).resolve() != Path(args.path).resolve():
+        raise ValueError(f"--config {args.config} is about {said.path}, PATH is {args.path}")
+    args.config_sources = said.sources
+    args.samples = said.samples if args.samples is None else args.samples
+    if args.model is not None and args.max_length is None:
+        args.max_length = said.max_length
+
+
+def _asked(args: argparse.Namespace) -> dict[str, dict[str, float]] | None:
+    """What is to be drawn, as a mixture's ``sources``; None if nothing is said."""
+    if args.weights and args.repetitions:
+        raise ValueError("--weights and --repetitions exclude each other")
+    for key, given in (("weight", args.weights), ("repetitions", args.repetitions)):
+        if given:
+            return {name: {key: value} for name, value in given.items()}
+    return getattr(args, "config_sources", None)
+
+
+def _spec(args: argparse.Namespace) -> Any:
+    """What is to be opened: the path, or with options of raw data a section of them."""
+    raw = {name: getattr(args, name) for name in ("layout", "split", "root_dir") if getattr(args, name) is not None}
+    if raw and Path(args.path, "manifest.json").is_file():
+        raise ValueError(f"--{next(iter(raw)).replace('_', '-')} is of raw data, {args.path} is a prepared folder")
+    return {"_target_": "rows", "path": args.path, **raw} if raw else args.path
 
 
 def _collator(args: argparse.Namespace) -> BlockDiffusionCollator | None:

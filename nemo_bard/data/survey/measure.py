@@ -9,7 +9,7 @@ import numpy as np
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.collate import BlockDiffusionCollator, Outline
-from nemo_bard.data.lengths import SampleSizes, find_sizes
+from nemo_bard.data.lengths import SampleSizes, kept_sizes, lengths_name
 from nemo_bard.data.ranks import deal_out
 from nemo_bard.data.rejects import ERRORS
 from nemo_bard.data.survey.sources import Source
@@ -140,7 +140,9 @@ def measure(
     Returns:
         What was seen; rows that cannot be used are listed.
     """
-    kept = None if collator is None or source.folder is None else find_sizes(source.data, collator, source.folder)
+    kept = None
+    if collator is not None and source.folder is not None:
+        kept = kept_sizes(source.folder / lengths_name(source.data.fingerprint(), collator), source.rows)
     chosen = choose(source.rows, most, seed)
     look = _Look(source, chosen, None if kept is not None else collator)
     workers, doing = jobs if jobs > 1 else 0, f"looking at {source.name}"

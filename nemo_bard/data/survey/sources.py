@@ -93,8 +93,8 @@ def open_sources(data: str | Mapping[str, Any]) -> list[Source]:
             for entry in manifest.sources
         ]
     else:
-        name = Path(data).stem if isinstance(data, str) else "data"
-        sources = [Source(name=name or str(data), data=open_dataset(data, validate=False))]
+        path = str(data if isinstance(data, str) else data.get("path", "data"))
+        sources = [Source(name=Path(path).stem or path, data=open_dataset(data, validate=False))]
     if not sum(source.rows for source in sources):
         raise ValueError(f"{data}: there is no sample")
     return sources

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_bard.base.errors import not_one_of
 from nemo_bard.data.lengths import UNKNOWN_LENGTH, SampleSizes
+from nemo_bard.data.survey.draws import Draws
 from nemo_bard.data.survey.margins import Estimate, ratio, share_of_rows
 from nemo_bard.data.survey.measure import Measured
 from nemo_bard.data.survey.sources import Source
@@ -19,17 +19,6 @@ LIMITS = (1024, 2048, 4096, 8192, 16384, 32768)
 BLOCK_SIZES = (4, 8, 16, 32)
 """Block sizes whose padding is told."""
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """What a run takes from a source."""
-
-    weight: float
-    """Part of the run's samples, the sources' together 1."""
-    samples: int
-    epochs: float
-    """How often each row is seen, on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,47 +127,6 @@ def choose_sizes(sizes: SampleSizes, chosen: np.ndarray) -> SampleSizes:
     response_edges, responses = pick(sizes.response_edges, sizes.responses)
     media_edges, media = pick(sizes.media_edges, sizes.media)
     return SampleSizes(response_edges=response_edges, responses=responses, media_edges=media_edges, media=media)
-
-
-def plan_draws(
-    rows: Mapping[str, int], *, samples: int | None = None, weights: Mapping[str, float] | None = None
-) -> dict[str, Draws]:
-    """How many samples of each source a run takes.
-
-    Args:
-        rows: Of each source.
-        samples: Of the run; one pass over all rows if None.
-        weights: Of sources, in any unit; by their rows if None.
-
-    Returns:
-        For each source; the counts sum up to ``samples``.
-
-    Raises:
-        ValueError: If a weight is not positive, a name is unknown, or one has none.
-    """
-    total = sum(rows.values()) if samples is None else samples
-    weights = {name: float(count) for name, count in rows.items()} if weights is None else dict(weights)
-    for name, weight in weights.items():
-        if name not in rows:
-            raise not_one_of("weights", name, rows)
-        if not np.isfinite(weight) or weight < 0 or (weight == 0 and rows[name]):
-            raise ValueError(f"weights: {name} must be a number > 0, got {weight:g}")
-        if weight and not rows[name]:
-            raise ValueError(f"weights: {name} has no samples")
-    if missing := [name for name in rows if name not in weights]:
-        raise ValueError(f"weights: {missing[0]} has none; every source needs one: {', '.join(rows)}")
-    whole = sum(weights.values())
-    shares = {name: weights[name] / whole for name in rows}
-    counts = {name: int(total * share) for name, share in shares.items()}
-    rest = sorted(rows, key=lambda name: counts[name] - total * shares[name])[: total - sum(counts.values())]
-    return {
-        name: Draws(
-            weight=shares[name],
-            samples=(count := counts[name] + (name in rest)),
-            epochs=count / rows[name] if rows[name] else 0.0,
-        )
-        for name in rows
-    }
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
