@@ -65,7 +65,7 @@ def test_a_flipped_byte_of_an_image_is_found_with_its_row(folder, capsys):
     flip(part, place + 6)
     report = check(capsys, folder, "--all")
     assert places(report) == [("sha256", part.name, None, None), ("corrupt_image", part.name, 0, "c3")]
-    assert report["found"][1]["reason"].startswith("image 1: ")
+    assert report["found"][1]["reason"].startswith("image 2 of the row: ")
     assert report["found"][1]["source"] == "charts"
 
 
@@ -144,11 +144,11 @@ def test_rejects_and_manifest_must_agree(folder, capsys):
     ("changes", "kind", "reason"),
     [
         ({"id": ""}, "row", "it has no id"),
-        ({"sizes": [(9, 9)]}, "image_size", "image 0 has 8 x 6 pixels, its row says [9, 9]"),
+        ({"sizes": [(9, 9)]}, "image_size", "image 1 of the row has 8 x 6 pixels, not [9, 9] as its size says"),
         ({"sizes": []}, "row", "it has 1 images and 0 sizes"),
         ({"images": []}, "placeholders", "1 image placeholders in 'messages' but 0 entries in 'images'"),
-        ({"images": [b""]}, "empty_image", "image 0: "),
-        ({"images": [png()[:45]]}, "corrupt_image", "image 0: "),
+        ({"images": [b""]}, "empty_image", "image 1 of the row: "),
+        ({"images": [png()[:45]]}, "corrupt_image", "image 1 of the row: "),
         ({"messages": []}, "messages", "'messages' must be a non-empty list"),
         ({"videos": ["/nowhere/a.mp4"]}, "placeholders", "0 video placeholders"),
     ],
@@ -203,6 +203,26 @@ def test_lines_for_a_person(raw, capsys):
         f"{raw}: 31 rows checked, 30 defects",
         "        30  bad_json",
     ]
+
+
+def test_a_terminal_does_not_act_on_what_files_say(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(
+        line(role="\x1b[2Jrobot") + "\n" + line(images=["\x1b[31m\u202ered.png"]) + "\n"
+    )
+    assert main(["data", "check", str(tmp_path / "mine.jsonl")]) == 1
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    assert "\u202e" not in told
+    assert "\\x1b[31m\\u202ered.png does not exist" in told
+
+
+def test_a_folder_that_is_being_prepared_is_no_data(tmp_path, capsys):
+    write_prepared(tmp_path, {"a": [sample("one")]})
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / ".prepare").mkdir()
+    for command in ("check", "show"):
+        assert main(["data", command, str(tmp_path)]) == 2
+        assert "`nemo-bard data prepare` has not finished it" in capsys.readouterr().err
 
 
 def test_images_elsewhere(raw, tmp_path, capsys):

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "check",
         help="find what is wrong with a data set; exit code 1 if something is",
         description="Check a prepared folder against its manifest and decode a part of its samples, or all with --all; of"
-        " raw data, check every row as `data prepare` would. Rows count from 0. Exit code 0: nothing found, 1: defects,"
+        " raw data, check every row as `data prepare` would, without looking for duplicates. Rows count from 0. Exit code 0: nothing found, 1: defects,"
         " 2: wrong input.",
     )
     parser.add_argument("path", metavar="PATH", help="a prepared folder, a file or folder of any layout, or NAME:...")
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         root_dir=args.root_dir,
     )
-    sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n" if args.json else render(report))
+    if args.json:
+        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+    else:
+        options.write_out(render(report))
     return 1 if report.findings.total else 0
 
 
@@ -81,7 +84,9 @@ def render(report: Report) -> str:
     if found.total > SHOWN:
         lines.append(f"... and {found.total - len(lines):,} more (--json lists them)")
     of_all = "" if report.rows is None or report.rows == found.checked else f" of {report.rows:,}"
-    lines.append(f"{report.path}: {found.checked:,}{of_all} rows checked, {found.total:,} defects")
+    lines.append(
+        f"{report.path}: {found.checked:,}{of_all} rows checked, {found.total:,} {'defect' if found.total == 1 else 'defects'}"
+    )
     lines += [f"  {count:>8,}  {kind}" for kind, count in found.counts.most_common()]
     if not report.whole and report.rows is not None and found.checked < report.rows:
         lines.append("--all compares every byte and decodes every sample")

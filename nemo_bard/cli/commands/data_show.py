@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from nemo_bard.report.data.text import render
 
-    sys.stdout.write(render(survey, plain=not can_show_blocks(sys.stdout)))
+    options.write_out(render(survey, plain=not can_show_blocks(sys.stdout)))
     for path in (args.html, args.png):
         if path is not None:
             sys.stdout.write(f"wrote {path}\n")

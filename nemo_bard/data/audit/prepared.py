@@ -208,10 +208,13 @@ def _row_defects(columns: Mapping[str, Any], task: PartTask) -> Iterator[tuple[s
             size = source.open_image().size
         except ERRORS as error:
             kind, reason = kind_of(error, "corrupt_image")
-            yield kind, f"image {number}: {reason}"
+            yield kind, f"image {number + 1} of the row: {reason}"
             continue
         if number < len(sizes) and list(size) != list(sizes[number] or ()):
-            yield "image_size", f"image {number} has {size[0]} x {size[1]} pixels, its row says {sizes[number]}"
+            yield (
+                "image_size",
+                f"image {number + 1} of the row has {size[0]} x {size[1]} pixels, not {sizes[number]} as its size says",
+            )
 
 
 def manifest_defect(folder: Path, error: ValueError) -> Defect:

@@ -19,6 +19,7 @@ from nemo_bard.data.prepared.layout import is_prepared, read_manifest
 from nemo_bard.data.ranks import deal_out
 from nemo_bard.data.readers import open_dataset
 from nemo_bard.data.rejects import ERRORS
+from nemo_bard.data.survey.sources import refuse_unfinished
 
 
 class Task(Protocol):
@@ -64,6 +65,7 @@ def check(
         RunError: If a process is gone.
     """
     path = Path(data)
+    refuse_unfinished(path)
     if is_prepared(path):
         return check_prepared(path, whole=whole, rows=rows, seed=seed, jobs=jobs)
     if path.exists() or glob.has_magic(data):
@@ -86,7 +88,8 @@ def check_prepared(folder: Path, *, whole: bool, rows: int, seed: int, jobs: int
         kept = kept_rows(folder, entry, found, whole=whole)
         most = None if whole else rows
         tasks += part_tasks(folder, entry, kept, most=most, seed=seed + number, whole=whole)
-    _work(check_part, tasks, [task.part.bytes if whole else len(task.rows) for task in tasks], found, jobs=jobs)
+    sizes = [task.part.bytes if whole else len(task.rows) for task in tasks]
+    _work(check_part, tasks, sizes, found, jobs=jobs, unit="B" if whole else "row")
     total = sum(entry.rows for entry in manifest.sources)
     return Report(path=str(folder), form="prepared", whole=whole, rows=total, findings=found)
 
@@ -130,10 +133,16 @@ class _Read:
 
 
 def _work(
-    function: Callable[[T], Findings], tasks: Sequence[T], sizes: Sequence[int], found: Findings, *, jobs: int
+    function: Callable[[T], Findings],
+    tasks: Sequence[T],
+    sizes: Sequence[int],
+    found: Findings,
+    *,
+    jobs: int,
+    unit: str = "B",
 ) -> None:
     """Do tasks and join what they find, in order, with a progress bar of their sizes on a terminal."""
-    with tqdm(total=sum(sizes), desc="checking", unit="B", unit_scale=True, disable=None, delay=2) as bar:
+    with tqdm(total=sum(sizes), desc="checking", unit=unit, unit_scale=unit == "B", disable=None, delay=2) as bar:
 
         def take(number: int, result: Findings) -> None:
             found.join(result)

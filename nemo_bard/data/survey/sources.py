@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_bard.data.prepare.folder import STATE
 from nemo_bard.data.prepared.layout import SourceEntry, is_prepared, load_manifest
 from nemo_bard.data.prepared.source import PreparedSource
 from nemo_bard.data.readers import open_dataset
@@ -69,6 +70,14 @@ class PreparedSamples:
         return self.source.fingerprint()
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raise ValueError for a folder that ``nemo-bard data prepare`` has begun and not finished."""
+    if (folder / STATE).is_dir() and not is_prepared(folder):
+        raise ValueError(
+            f"{folder} is not whole: `nemo-bard data prepare` has not finished it; run the same command again"
+        )
+
+
 def open_sources(data: str | Mapping[str, Any]) -> list[Source]:
     """Open what is to be looked at; nothing is read through.
 
@@ -81,6 +90,8 @@ def open_sources(data: str | Mapping[str, Any]) -> list[Source]:
     Raises:
         ValueError: If there is nothing, or it is empty.
     """
+    if isinstance(data, str):
+        refuse_unfinished(Path(data))
     if isinstance(data, str) and is_prepared(folder := Path(data)):
         manifest = load_manifest(folder)
         sources = [

@@ -50,8 +50,8 @@ def draw_histograms(survey: Survey, shades: Shades = LIGHT) -> bytes:
         raise ValueError("pictures need matplotlib, which is not installed (pip install nemo-bard[demo])") from error
 
     lines = _lines(survey)
-    titles = list(dict.fromkeys(title for found in lines.values() for title in found))
-    rows = -(-len(titles) // 2)
+    titles = [title for title in dict.fromkeys(t for found in lines.values() for t in found) if _differs(lines, title)]
+    rows = max(-(-len(titles) // 2), 1)
     figure = Figure(figsize=(10.8, 2.9 * rows), layout="constrained", facecolor=shades.paper)
     FigureCanvasAgg(figure)
     for number, title in enumerate(titles):
@@ -62,6 +62,12 @@ def draw_histograms(survey: Survey, shades: Shades = LIGHT) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, dpi=130, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def _differs(lines: dict[str, dict[str, np.ndarray]], title: str) -> bool:
+    """Whether a distribution has more than one value; otherwise the text says it all."""
+    values = np.concatenate([found[title] for found in lines.values() if title in found])
+    return bool(len(values)) and values.min() < values.max()
 
 
 def _lines(survey: Survey) -> dict[str, dict[str, np.ndarray]]:
@@ -78,7 +84,7 @@ def _lines(survey: Survey) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _draw_panel(panel: Any, title: str, values: dict[str, np.ndarray], shades: Shades) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     bounds = edges(list(values.values()))
     even = bool((np.diff(bounds) == 1).all())
@@ -92,6 +98,8 @@ def _draw_panel(panel: Any, title: str, values: dict[str, np.ndarray], shades: S
     if not even:
         panel.set_xscale("log")
         panel.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     panel.set_ylim(bottom=0)
     panel.set_ylabel("% of samples", fontsize=8, color=shades.ink)

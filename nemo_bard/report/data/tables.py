@@ -46,7 +46,11 @@ def run_table(survey: Survey) -> Table:
         bad = sum(one.unmeasured for one in survey.sources)
         total = sum(one.source.rows for one in survey.sources)
         rows.append(["all", f"{total:,}", "100 %", f"{survey.run_samples:,}", "", f"{looked:,}", f"{bad:,}"])
-    remarks = [f"{where}: {reason}" for one in survey.sources for _, where, reason in one.measured.unusable[:3]]
+    remarks = [
+        reason if where in reason else f"{where}: {reason}"
+        for one in survey.sources
+        for _, where, reason in one.measured.unusable[:3]
+    ]
     header = ["source", "rows", "weight", "draws", "epochs", "looked at", "unusable"]
     return Table(title="Sources, and what a run draws of them", header=header, rows=rows, remarks=remarks)
 
@@ -70,10 +74,18 @@ def left_out_table(survey: Survey) -> Table | None:
                 f"{entry.rows:,}",
             ]
         )
+        if entry.rows == entry.settings.get("limit"):
+            remarks.append(f"{entry.name}: reading ended at its limit of {entry.rows:,} samples")
         missing = entry.read - sum(counts.values()) - entry.rows
         if missing:
             remarks.append(f"{entry.name}: {missing:,} of the rows read are in none of these columns")
-    header = ["source", "layout", "read", *(reason.replace("_", " ") for reason in reasons), "samples"]
+    header = [
+        "source",
+        "layout",
+        "read",
+        *(reason if "." in reason else reason.replace("_", " ") for reason in reasons),
+        "samples",
+    ]
     return Table(title="Rows read, left out and kept", header=header, rows=rows, remarks=remarks)
 
 

@@ -14,14 +14,13 @@ def render(survey: Survey, *, plain: bool = False) -> str:
 
     Args:
         survey: What to tell.
-        plain: Use ASCII alone.
+        plain: Draw histograms with ASCII alone.
     """
     parts = [render_table(table) for table in all_tables(survey)]
     parts.append(render_histograms(survey, ASCII if plain else BLOCKS))
     if survey.block_size is None:
         parts.append("Lengths are in words: tokens, max_length and padding need --model FOLDER.\n")
-    text = "\n".join(parts)
-    return text.encode("ascii", "backslashreplace").decode() if plain else text
+    return "\n".join(parts)
 
 
 def render_table(table: Table) -> str:
@@ -42,10 +41,14 @@ def render_histograms(survey: Survey, signs: str) -> str:
     by_source = [(one.source.name, distributions(survey, one)) for one in survey.sources]
     titles = list(dict.fromkeys(title for _, found in by_source for title in found))
     width = max(len(name) for name, _ in by_source)
+    by_source = [(name, found) for name, found in by_source if any(map(len, found.values()))]
     parts = []
     for title in titles:
         values = [(name, found[title]) for name, found in by_source if title in found]
         bounds = edges([of_source for _, of_source in values])
+        if len(bounds) == 2 and any(len(of_source) for _, of_source in values):
+            parts.append(f"{title}: always {short_number(bounds[0])}\n")
+            continue
         low, high = short_number(bounds[0]), short_number(bounds[-1] - 1)
         lines = [f"{title} ({low} to {high}{'' if _even(bounds) else ', logarithmic'})"]
         for name, of_source in values:
