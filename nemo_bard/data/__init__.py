@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "BlockDiffusionCollator": "collate",
         "DigitsDataset": "digits",
         "JsonlDataset": "jsonl",
-        "MediaSource": "conversation",
+        "MediaSource": "media",
         "MixtureDataset": "mixture.dataset",
         "PackedDataset": "packing",
         "PreparedDataset": "prepared.dataset",

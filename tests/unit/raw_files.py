@@ -40,18 +40,21 @@ def write_rows(path, rows):
     """Write rows in the format that the end of the name tells."""
     path.parent.mkdir(parents=True, exist_ok=True)
     end = path.suffix
-    columns = dict.fromkeys(name for row in rows for name in row)
-    padded = [{name: row.get(name) for name in columns} for row in rows]
     if end == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif end == ".json":
         path.write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
     elif end == ".parquet":
-        pq.write_table(pa.Table.from_pylist(padded), path, row_group_size=2)
+        pq.write_table(_table(rows), path, row_group_size=2)
     elif end == ".arrow":
-        table = pa.Table.from_pylist(padded)
+        table = _table(rows)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=2)
     else:
         raise AssertionError(end)
     return path
+
+
+def _table(rows):
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])

@@ -1,21 +1,28 @@
 """The stream of samples: a function of the step, whatever the ranks, local batches and loader workers; refused if another."""
 
 import functools
+import json
+import os
 from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from nemo_automodel.components.datasets.vlm.loader import VlmCollatorConfig
+from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.components.training.step_scheduler import StepScheduler
+from prepared_folder import sample, write_prepared
 
 from nemo_bard.data.chosen import ChosenSamples
 from nemo_bard.data.digits import DigitsDataset
 from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.packing import PackedDataset, Packs
+from nemo_bard.data.prepared.dataset import PreparedDataset
+from nemo_bard.data.rows import RowsDataset
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered
-from nemo_bard.train.resume import DataStream, ResumedTraining
+from nemo_bard.train.resume import DataStream, ResumedTraining, _reader_of
 from nemo_bard.upstream.recipe import OpenedDataloaderConfig
 
 GLOBAL, STEPS = 8, 12
@@ -159,12 +166,17 @@ def test_a_large_data_set_is_dealt_out_without_lists_of_it():
 
 
 # ------------------ what it depends on ------------------
+def prepared_of(folder, sources):
+    write_prepared(folder, sources)
+    return PreparedDataset(folder)
+
+
 def test_identity_of_data_sets(tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"messages": [{"role": "user", "content": "%d"}]}\n' % number for number in range(600)]  # noqa: UP031
     file.write_text("".join(lines))
     first = identity_of(JsonlDataset(file, validate=False))
-    assert first["dataset"].startswith("600 lines, ")
+    assert first["content"].startswith("600 lines, ")
     (tmp_path / "elsewhere").mkdir()
     moved = file.rename(tmp_path / "elsewhere" / "b.jsonl")
     assert identity_of(JsonlDataset(moved, validate=False)) == first, "the file may move"
@@ -172,17 +184,35 @@ def test_identity_of_data_sets(tmp_path):
     moved.write_text("".join([*lines[:-1], lines[-1].replace("599", "598")]))
     assert identity_of(JsonlDataset(moved, validate=False)) != first
     digits = DigitsDataset("train", 5)
-    assert identity_of(digits) == {"dataset": digits.fingerprint(), "samples": "5"}
-    assert identity_of([1, 2]) == {"dataset": "builtins.list", "samples": "2"}
+    assert identity_of(digits) == {"content": digits.fingerprint(), "samples": "5"}
+    assert identity_of([1, 2]) == {"content": "builtins.list", "samples": "2"}
     chosen = [identity_of(ChosenSamples(digits, indices)) for indices in ([1, 2], [2, 1])]
-    assert chosen[0].keys() == {"dataset", "samples", "chosen"}
+    assert chosen[0].keys() == {"content", "samples", "chosen"}
     assert chosen[0] != chosen[1]
     rows = [
         identity_of(PackedDataset(digits, Packs(edges=np.array(edges), members=np.arange(5))))
         for edges in ([0, 2, 5], [0, 3, 5])
     ]
-    assert rows[0].keys() == {"dataset", "samples", "packed rows"}
+    assert rows[0].keys() == {"content", "samples", "packed rows"}
     assert rows[0] != rows[1]
+    raw = tmp_path / "raw.json"
+    rows_of = [
+        {"conversations": [{"from": "human", "value": str(one)}, {"from": "gpt", "value": "a"}]} for one in (1, 2)
+    ]
+    raw.write_text(json.dumps(rows_of))
+    before = identity_of(RowsDataset(raw, validate=False))
+    assert before["content"].startswith("2 rows, layout llava, ")
+    os.utime(raw, (1, 1))
+    assert identity_of(RowsDataset(raw, validate=False)) == before
+    raw.write_text(json.dumps(rows_of).replace("2", "3"))
+    assert identity_of(RowsDataset(raw, validate=False)) != before
+    sources = {"a": [sample("1")], "b": [sample("2", answer="Another.")]}
+    prepared = identity_of(prepared_of(tmp_path / "prepared", sources))
+    assert prepared.keys() == {"sources", "rows of a", "rows of b"}
+    assert prepared["sources"] == "a, b"
+    sources["b"] = [sample("2", answer="One more.")]
+    changed = identity_of(prepared_of(tmp_path / "changed", sources))
+    assert {name for name in changed if changed[name] != prepared[name]} == {"rows of b"}
     own = SimpleNamespace(identity=lambda: {"weights": "1 2", "samples": 7})
     assert identity_of(own) == {"weights": "1 2", "samples": "7"}
 
@@ -190,12 +220,12 @@ def test_identity_of_data_sets(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seed": "43"}, "seed differs from that of the checkpoint's run: '42' then, '43' now"),
-        ({"dataset": "b"}, "dataset differs from that of the checkpoint's run: 'a' then, 'b' now"),
-        ({"weights": "1"}, "weights differs from that of the checkpoint's run: 'not there' then, '1' now"),
+        ({"seed": "43"}, "seed differs from that of the checkpoint's run: 42 then, 43 now"),
+        ({"dataset": "b"}, "dataset differs from that of the checkpoint's run: a then, b now"),
+        ({"weights": "1"}, "weights differs from that of the checkpoint's run: nothing then, 1 now"),
         (
             {"seed": "1", "dataset": "b", "samples": "2"},
-            r"seed .* run \(and so do dataset, samples\): '42' then, '1' now",
+            r"seed .* run \(and so do dataset, samples\): 42 then, 1 now",
         ),
     ],
 )
@@ -205,5 +235,125 @@ def test_another_stream_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said) as caught:
         DataStream({**old, **changes}).load_state_dict(old)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="packing .*: 'x' then, 'not there' now"):
+    with pytest.raises(ValueError, match=r"dataset differs .*: a{100}\.\.\. \(\w{8}\) then, a now; "):
+        DataStream(old).load_state_dict({**old, "dataset": "a" * 5000})
+    with pytest.raises(ValueError, match="packing .*: x then, nothing now"):
         DataStream(old).load_state_dict({**old, "packing": "x"})
+
+
+# ------------------ a recipe that goes on ------------------
+CONFIG = {"seed": 7, "step_scheduler": {"global_batch_size": GLOBAL}, "dataloader": {"shuffle": True}}
+
+
+@pytest.fixture
+def go_on(monkeypatch):
+    """``go_on(folder, ranks=..., ...)``: a recipe that has loaded what a checkpoint keeps besides weights; ``None`` starts."""
+    load = lambda self, folder: folder and self._load_checkpoint_tracked_state(folder)  # noqa: E731
+    monkeypatch.setattr("nemo_bard.upstream.recipe.FinetuneRecipeForVLM.load_checkpoint", load)
+
+    def loaded(folder, *, ranks=1, dataset=None, config=CONFIG, **settings):
+        recipe = object.__new__(ResumedTraining)
+        recipe.cfg = SimpleNamespace(get=_reader_of(config))
+        recipe.dist_env = SimpleNamespace(rank=0, world_size=ranks, is_main=True)
+        recipe.rng = StatefulRNG(7, ranked=True)
+        recipe.dataloader = loader_of(dataset or Numbers(SIZE), ranks=ranks, rank=0, local=1, **settings)
+        recipe.step_scheduler = StepScheduler(
+            GLOBAL, 1, ranks, recipe.dataloader, max_steps=100, num_epochs=100, preemption_signal=None
+        )
+        recipe.checkpointer = SimpleNamespace(config=SimpleNamespace(allow_legacy_pickle_restore=False))
+        recipe.load_checkpoint(None if folder is None else str(folder))
+        return recipe
+
+    return loaded
+
+
+def save(recipe, folder, *, step, epoch, config=CONFIG):
+    """What upstream's ``save_checkpoint`` does with what a recipe tracks."""
+    tracked = recipe.__dict__["__state_tracked"]
+    assert tracked == {"data_stream", "rng", "step_scheduler"}
+    (folder / "rng").mkdir(parents=True)
+    for rank in range(recipe.dist_env.world_size):
+        torch.save(recipe.rng.state_dict(), folder / "rng" / f"rng_global_rank_{rank}.pt")
+    torch.save(recipe.data_stream.state_dict(), folder / "data_stream.pt")
+    torch.save({"step": step, "epoch": epoch}, folder / "step_scheduler.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("step", "stored", "epoch", "places"), [(4, 0, 0, 32), (6, 0, 1, 0), (6, 1, 1, 0), (13, 2, 2, 8)]
+)
+def test_epoch_and_place_follow_from_the_step(go_on, tmp_path, step, stored, epoch, places):
+    folder = save(go_on(None, ranks=2), tmp_path / "a", step=step, epoch=stored)
+    for ranks in (1, 2, 4):
+        recipe = go_on(folder, ranks=ranks)
+        assert (recipe.step_scheduler.step, recipe.step_scheduler.epoch) == (step, epoch)
+        recipe.step_scheduler.set_epoch(epoch)
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(epoch))[places:]
+        assert list(recipe.dataloader.sampler)[:5] == order[::ranks][:5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": {**CONFIG, "seed": 8}}, "seed differs .*: 7 then, 8 now; "),
+        (
+            {"config": {**CONFIG, "step_scheduler": {"global_batch_size": 16}}},
+            "step_scheduler.global_batch_size differs .*: 8 then, 16 now; ",
+        ),
+        ({"config": {**CONFIG, "packing": {"max_length": 64}}}, "packing.max_length differs .*: None then, 64 now; "),
+        (
+            {"config": {**CONFIG, "dataloader": {"shuffle": False}}},
+            "dataloader.shuffle differs .*: True then, False now; ",
+        ),
+        (
+            {"config": {**CONFIG, "dataloader": {"drop_last": True}}},
+            "dataloader.drop_last differs .*: False then, True now",
+        ),
+        (
+            {"dataset": Numbers(44)},
+            r"dataset.content differs .* \(and so does dataset.samples\): numbers 43 then, numbers 44 now; ",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_stream_is_refused(go_on, tmp_path, changes, said):
+    folder = save(go_on(None), tmp_path / "a", step=2, epoch=0)
+    with pytest.raises(ValueError, match=f"^{folder}: {said}") as caught:
+        go_on(folder, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_is_compared_by_its_recipe(go_on, tmp_path, caplog):
+    folder = save(go_on(None), tmp_path / "a", step=8, epoch=1)
+    (folder / "data_stream.pt").unlink()
+    (folder / "dataloader").mkdir()
+    assert go_on(folder, ranks=4).step_scheduler.step == 8
+    assert f"{folder} does not say what its samples were; they are taken to be those of now" in caplog.text
+    with pytest.raises(ValueError, match=f"^{folder}: seed differs .*: 7 then, 8 now; "):
+        go_on(folder, config={**CONFIG, "seed": 8})
+    with pytest.raises(
+        ValueError, match="step 8 of the checkpoint was in epoch 1, now it would be in epoch 2: the data set"
+    ):
+        go_on(folder, dataset=Numbers(20))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "seed": "${SEED,7}"}))
+    assert go_on(folder, config={**CONFIG, "seed": 8}).step_scheduler.step == 8, (
+        "what the environment said is not known"
+    )
+
+
+def test_random_states_are_taken_up_on_as_many_ranks_and_follow_from_the_step_on_others(go_on, tmp_path):
+    first = go_on(None, ranks=2)
+    torch.rand(3)
+    folder = save(first, tmp_path / "a", step=2, epoch=0)
+    expected = torch.rand(3)
+    go_on(folder, ranks=2)
+    assert torch.equal(torch.rand(3), expected)
+    others = []
+    for ranks in (1, 4, 4):
+        go_on(folder, ranks=ranks)
+        others.append(torch.rand(3))
+    assert torch.equal(others[0], others[2])
+    assert not torch.equal(others[0], expected)
+    later = save(first, tmp_path / "b", step=3, epoch=0)
+    go_on(later, ranks=1)
+    assert not torch.equal(torch.rand(3), others[0])

@@ -58,12 +58,16 @@ def detect(row: Mapping[str, Any]) -> str:
 def check_columns(name: str, columns: Iterable[str]) -> None:
     """See that a table has the columns that a layout wants.
 
+    Args:
+        name: As ``lay_out``.
+        columns: Of all rows; none of them if rows may differ.
+
     Raises:
         ValueError: If it has not, or there is no such layout.
     """
     wants = getattr(LAYOUTS.get(name), "wants", None)
     columns = list(columns)
-    if wants and _missing(wants, columns):
+    if wants and columns and _missing(wants, columns):
         raise ValueError(_misfit(name, wants, columns))
 
 

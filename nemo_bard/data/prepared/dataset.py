@@ -61,6 +61,11 @@ class PreparedDataset:
         """A text that changes with the samples."""
         return " ".join(source.fingerprint() for source in self.sources)
 
+    def identity(self) -> dict[str, str]:
+        """What the samples and their order depend on: the sources, and the rows of each."""
+        names = ", ".join(source.entry.name for source in self.sources)
+        return {"sources": names, **{f"rows of {one.entry.name}": one.entry.digest[:16] for one in self.sources}}
+
     def measured_parts(self) -> list[PreparedSource]:
         """Its sources, whose lengths are kept beside them (``row_lengths.measured_rows``)."""
         return self.sources

@@ -41,7 +41,8 @@ _IGNORED = re.compile(
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_NO_SPLITS = ("data", "part", "shard")
+_STATE = "state.json"
 
 
 @dataclass
@@ -139,13 +140,12 @@ def _saved(folder: Path) -> list[str]:
 def split_of(name: str) -> str | None:
     """The split that a file's name, relative to the root, tells; None if it tells none."""
     path = PurePath(name)
-    if shard := _SHARD.fullmatch(path.stem):
-        return next((split for split in KEYWORDS if _tells(shard[1], split)), shard[1])
-    for part in (*path.parts[:-1], path.stem):
+    shard = _SHARD.fullmatch(path.stem)
+    for part in (*([shard[1]] if shard else []), *path.parts[:-1], path.stem):
         for split in KEYWORDS:
             if _tells(part, split):
                 return split
-    return None
+    return shard[1] if shard and shard[1] not in _NO_SPLITS else None
 
 
 def _tells(text: str, split: str) -> bool:

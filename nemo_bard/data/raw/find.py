@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 from nemo_bard.base.errors import one_line
@@ -30,6 +31,8 @@ READERS: dict[str, Callable[[Unit], Rows]] = {
     "tar": archives.ArchiveRows,
     "images": pictures.PictureRows,
 }
+CUT_AT_ONCE = 8
+"""Files that are looked through at a time: most of it is waiting for a disk."""
 
 
 def find_units(path: str | os.PathLike[str], *, split: str | None = None) -> list[Unit]:
@@ -47,10 +50,15 @@ def find_units(path: str | os.PathLike[str], *, split: str | None = None) -> lis
         ValueError: If there is nothing to read, or a file is damaged; names it.
     """
     found = hub.fetch(str(path), split) if hub.is_hub_name(path) else find_files(path, split)
-    units = _image_units(found) if found.images else list(chain.from_iterable(map(_cut, found.files)))
+    units = _image_units(found) if found.images else _cut_all(found.files)
     if not units:
         raise ValueError(f"{printable(path)} holds no row")
     return units
+
+
+def _cut_all(files: Sequence[str]) -> list[Unit]:
+    with ThreadPoolExecutor(min(CUT_AT_ONCE, len(files))) as pool:
+        return list(chain.from_iterable(pool.map(_cut, files)))
 
 
 def _cut(file: str) -> list[Unit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.data.layouts import LAYOUTS, check_columns, detect, lay_out
 from nemo_bard.data.raw import tables
 from nemo_bard.data.raw.find import find_units, open_unit, read_unit
 from nemo_bard.data.raw.unit import Row, Rows, Unit, printable
 from nemo_bard.data.sample import Record, RejectedError
 
-OPEN_UNITS = 8
-"""Units that a process keeps open."""
+OPEN_UNITS, OPEN_TABLES = 8, 2
+"""Units that a process keeps open, and those of Parquet files, each of which keeps a row group in memory."""
 _LOOK_AT = 100
-"""Rows of a unit that are looked at for one that can be read."""
+"""Rows of a unit that are looked at for one that tells the layout."""
 
 
 def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
@@ -27,7 +29,7 @@ def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
 
     Args:
         units: Of the source.
-        layout: What the user says it is; found by the columns of the first row that can be read if None.
+        layout: What the user says it is; if None, that of the first row whose columns tell one, of the first hundred.
 
     Returns:
         A name of ``LAYOUTS``, or a dotted name.
@@ -38,21 +40,22 @@ def choose_layout(units: Sequence[Unit], layout: str | None = None) -> str:
     if layout is not None:
         LAYOUTS.get(layout)
         for unit in {unit.file: unit for unit in units}.values():
-            if (columns := _columns(unit)) is not None:
-                _naming(unit.file, lambda found=columns: check_columns(layout, found))
+            try:
+                check_columns(layout, _columns(unit) or ())
+            except ValueError as error:
+                raise ValueError(f"{printable(unit.file)}: {one_line(error)}") from error
         return layout
+    reason = ""
     for unit in units:
-        for (_, row), _ in zip(read_unit(unit), range(_LOOK_AT), strict=False):
-            if not isinstance(row, RejectedError):
-                return _naming(unit.file, lambda found=row: detect(found))
-    raise ValueError(f"{printable(units[0].file)}: no row can be read; set layout to one of {', '.join(LAYOUTS)}")
-
-
-def _naming(file: str, function: Any) -> Any:
-    try:
-        return function()
-    except ValueError as error:
-        raise ValueError(f"{printable(file)}: {error}") from error
+        for _, row in itertools.islice(read_unit(unit), _LOOK_AT):
+            try:
+                if not isinstance(row, RejectedError):
+                    return detect(row)
+            except ValueError as error:
+                reason = reason or f"{printable(unit.file)}: {one_line(error)}"
+        if reason:
+            break
+    raise ValueError(reason or f"{printable(units[0].file)}: no row of the data can be read")
 
 
 def _columns(unit: Unit) -> list[str] | None:
@@ -138,6 +141,6 @@ class RawSource:
             self._open.move_to_end(unit)
         else:
             self._open[unit] = open_unit(self.units[unit])
-            if len(self._open) > OPEN_UNITS:
+            if len(self._open) > (OPEN_TABLES if self.units[unit].format == "parquet" else OPEN_UNITS):
                 self._open.popitem(last=False)[1].close()
         return self._open[unit], index - int(self._edges[unit])

@@ -136,6 +136,8 @@ def arrow_batches(file: str) -> tuple[Any, list[Any]]:
             if not _ends(file):
                 raise ValueError("the mark at its end is missing, it was not written to its end") from None
             return stream.schema, batches
+    except FileNotFoundError:
+        raise
     except _errors() as error:
         raise ValueError(f"{printable(file)} cannot be read as Arrow ({one_line(error)})") from error
 
@@ -170,12 +172,19 @@ def arrow_columns(file: str) -> list[str]:
 class ArrowRows(Rows):
     """Rows of a memory-mapped Arrow file."""
 
+    def __init__(self, unit: Unit) -> None:
+        super().__init__(unit)
+        self._sound: set[int] = set()
+
     def __getitem__(self, number: int) -> Row:
         """Read a row."""
         edges, batches = self._batches
         row = self.unit.place[0] + number
         place = int(np.searchsorted(edges, row, side="right")) - 1
         try:
+            if place not in self._sound:  # what offsets of a damaged file point at would end the process
+                batches[place].validate(full=True)
+                self._sound.add(place)
             return batches[place].slice(row - int(edges[place]), 1).to_pylist()[0]
         except _errors() as error:
             raise RejectedError("unreadable_row", f"the row cannot be read ({one_line(error)})") from error

@@ -93,6 +93,8 @@ class ByteRows(Rows):
                     raise RejectedError("unreadable_row", f"the file ends {end - begin} bytes before the row does")
                 parts.append(part)
                 begin += len(part)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise RejectedError("unreadable_row", f"the file cannot be read ({one_line(error)})") from error
         return b"".join(parts)
