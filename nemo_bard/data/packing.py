@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 4096
 """Samples that are packed together: enough for full rows, few enough that long and short samples stay mixed."""
+_CHUNK = 2**15
+"""Rows that are summed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,11 @@ class Packs:
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum of a value per sample over each row, ``[rows]``."""
-        return np.add.reduceat(values[self.members], self.edges[:-1])
+        parts = []
+        for start in range(0, len(self), _CHUNK):
+            edges = self.edges[start : start + _CHUNK + 1]
+            parts.append(np.add.reduceat(values[self.members[edges[0] : edges[-1]]], edges[:-1] - edges[0]))
+        return np.concatenate(parts)
 
 
 def plan_packs(
@@ -210,7 +216,8 @@ def pack_dataset(
         shuffle=shuffle and not ordered,
         mix_rows=ordered,
     )
-    filled, seen = packs.sums(lengths * fits), packs.sums(vision * fits)
+    lengths[~fits] = vision[~fits] = 0
+    filled, seen = packs.sums(lengths), packs.sums(vision)
     logger.info(
         "packing: %d samples in %d rows of at most %d tokens, %.1f %% of them real; vision tokens per row %.0f +- %.0f;"
         " %d samples are too long and will be dropped, %d cannot be read",

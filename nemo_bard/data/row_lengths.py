@@ -83,11 +83,10 @@ def measured_rows(
     ranks = ranks or Ranks()
     of_part = _of_part(collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
     parts = [of_part(part) for part in dataset.measured_parts()]
-    lengths, vision = (
-        dataset.of_samples(np.concatenate([getattr(part, name) for part in parts]))
-        for name in ("lengths", "vision_tokens")
-    )
-    return RowLengths(lengths=lengths, vision_tokens=vision, file=dataset.path)
+    lengths = np.concatenate([part.lengths for part in parts])
+    vision = np.concatenate([part.vision_tokens for part in parts])
+    del parts
+    return RowLengths(lengths=dataset.of_samples(lengths), vision_tokens=dataset.of_samples(vision), file=dataset.path)
 
 
 class _Numbered:

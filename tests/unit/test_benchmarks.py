@@ -179,3 +179,17 @@ def test_arguments(modules, capsys):
     assert "--only takes ceilings, decode_4b" in capsys.readouterr().err
     assert sum(section.seconds for section in gpu.SECTIONS) < 15 * 60
     assert gpu.SECTIONS[-1].name == "tests"
+
+
+@pytest.mark.slow
+def test_data(tmp_path):
+    """``data.py``: a mixture is planned, workers feed and do not grow."""
+    sizes = ("--draws", "30000", "--samples", "4", "--side", "128", "--read", "2000", "--workers", "0", "2")
+    start("data.py", *sizes, "--scratch", str(tmp_path), "--output", str(tmp_path / "data.json"))
+    rows = json.loads((tmp_path / "data.json").read_text())["rows"]
+    assert [row["section"] for row in rows] == ["ready", "workers", "workers", "memory", "memory"]
+    assert rows[0]["ready_s"] > 0
+    assert rows[0]["rows"] > 1000
+    assert all(row["samples_per_second"] > 0 for row in rows[1:3])
+    assert rows[4]["grown_mib"] < 50
+    assert {path.name for path in tmp_path.iterdir()} == {"data.json"}, "what was made is gone"
