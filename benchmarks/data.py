@@ -58,7 +58,7 @@ MAX_LENGTH = 8192
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=[*SECTIONS, []], metavar="SECTION")
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--draws", type=int, default=4_400_000, help="of `ready`")
     parser.add_argument("--sources", type=int, default=3, help="of `ready`")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of `workers` and `memory`")
@@ -67,7 +67,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=1024, help="of an image of `workers`, in pixels")
     parser.add_argument("--scratch", type=Path, default=None, help="folder for the data made; a temporary one")
     parser.add_argument("--output", type=Path, default=None, help="result file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in args.sections:
+        if name not in SECTIONS:
+            parser.error(f"SECTION must be one of {', '.join(SECTIONS)}, got {name!r}")
+    return args
 
 
 # ------------------ folders ------------------
