@@ -334,6 +334,16 @@ def test_folders_of_images(tmp_path):
     assert (caught.value.kind, source.where(2)) == ("missing_text", str(tmp_path / "sub/c.png"))
 
 
+def test_metadata_of_images_in_any_layout(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(RED)
+    talk = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
+    write_rows(tmp_path / "metadata.jsonl", [{"image": ["a.jpg", "b.jpg"], **talk}, {"file_name": "c.jpg", **talk}])
+    name, found = records(tmp_path)
+    assert name == "llava"
+    assert [record.images for record in found] == [("a.jpg", "b.jpg"), (str(tmp_path / "c.jpg"),)]
+
+
 def test_messages_from_lines_and_tables(tmp_path):
     part = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     row = {"id": "q", "messages": [{"role": "user", "content": part}], "images": ["a.jpg"], "level": 3}

@@ -9,6 +9,7 @@ import pickle
 import random
 import tarfile
 import tracemalloc
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -353,6 +354,40 @@ def test_hub_names_without_a_network(monkeypatch):
     ) as caught:
         find_units("no-such-owner/no-such-set:one")
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_a_hub_name(tmp_path, monkeypatch):
+    """The files of the configuration and split alone are fetched; the hub itself is a stand-in."""
+    urls = {
+        "train": ["charts/train-00000-of-00002.parquet", "charts/train-00001-of-00002.parquet"],
+        "rl": ["rl.parquet"],
+    }
+    for number, name in enumerate(one for names in urls.values() for one in names):
+        write_rows(tmp_path / name, [{"n": number}])
+    fetched = []
+
+    def load_dataset_builder(repository, config):
+        assert (repository, config) == ("owner/set", "charts")
+        return SimpleNamespace(config=SimpleNamespace(data_files=urls))
+
+    def resolve_path(self, url):
+        return SimpleNamespace(repo_id="owner/set", path_in_repo=url, revision="abc")
+
+    def hf_hub_download(repository, name, *, repo_type, revision):
+        assert (repository, repo_type, revision) == ("owner/set", "dataset", "abc")
+        fetched.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", resolve_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    with pytest.raises(ValueError, match="owner/set:charts holds the splits train, rl: set split to one, or to all"):
+        find_units("owner/set:charts")
+    with pytest.raises(ValueError, match="owner/set:charts: split must be one of train, rl, all, got 'test'"):
+        find_units("owner/set:charts", split="test")
+    assert fetched == []
+    assert [one["n"] for _, one in read_all("owner/set:charts", split="train")] == [0, 1]
+    assert fetched == urls["train"]
 
 
 def in_a_child(source, indices, queue):
