@@ -317,9 +317,7 @@ def test_patterns_links_and_names_that_are_no_text(tmp_path):
 def test_what_holds_no_data_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "run.py").write_text("x")
-    with pytest.raises(
-        ValueError, match="holds no data: found 1 .txt, 1 .py; wanted .jsonl, .*or images|found 1 .py, 1 .txt"
-    ):
+    with pytest.raises(ValueError, match="holds no data: found 1 .py, 1 .txt; wanted .jsonl, .*or images"):
         find_units(tmp_path)
     with pytest.raises(ValueError, match=r"notes.txt: the name of a data file must end in .jsonl"):
         find_units(tmp_path / "notes.txt")
@@ -441,5 +439,22 @@ def test_images_alone_and_images_beside_a_list(tmp_path):
     assert [one for _, one in read_all(tmp_path)] == [
         {"file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
     ]
+    for folder in ("train2017", "val2017"):  # of images, which a list names, the splits do not matter
+        (tmp_path / "images" / folder).mkdir()
+        (tmp_path / "images" / folder / "b.jpg").write_bytes(picture())
     write_rows(tmp_path / "list.json", [{"image": "images/a.jpg"}])
     assert [one for _, one in read_all(tmp_path)] == [{"image": "images/a.jpg"}]
+
+
+def test_splits_of_images(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jpg").write_bytes(picture())
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.jpg,{split}\n")
+    with pytest.raises(ValueError, match="holds the splits test, train"):
+        find_units(tmp_path)
+    assert [one["text"] for _, one in read_all(tmp_path, split="test")] == ["test"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.jpg,x\n")
+    with pytest.raises(ValueError, match=r"metadata.csv describes images of all splits: put a table into the folder"):
+        find_units(tmp_path, split="test")
+    assert len(read_all(tmp_path, split="all")) == 3
