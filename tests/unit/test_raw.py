@@ -458,3 +458,28 @@ def test_splits_of_images(tmp_path):
     with pytest.raises(ValueError, match=r"metadata.csv describes images of all splits: put a table into the folder"):
         find_units(tmp_path, split="test")
     assert len(read_all(tmp_path, split="all")) == 3
+
+
+@pytest.mark.parametrize("end", ["json", "jsonl", "csv", "parquet", "arrow", "tar"])
+def test_spoiled_files_lose_no_row_in_silence(tmp_path, end):
+    """Whatever is spoiled: one line for the file, or every row that it said it has, read or rejected."""
+    chance = random.Random(3)
+    path = tmp_path / f"a.{end}"
+    write(path, 40)
+    good = path.read_bytes()
+    for trial in range(40):
+        data = bytearray(good)
+        if trial % 4 == 0:
+            del data[chance.randrange(len(data)) :]
+        for _ in range(chance.randint(1, 8) if data else 0):
+            data[chance.randrange(len(data))] = chance.choice([*b'\0"\\{}[],\n\xff', chance.randrange(256)])
+        path.write_bytes(data)
+        try:
+            units = find_units(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            assert f"a.{end}" in str(error)
+            continue
+        found = [one for unit in units for one in read_unit(unit)]
+        assert [number for number, _ in found] == list(range(sum(unit.rows for unit in units)))
+        assert not any("\n" in str(one) for _, one in found if isinstance(one, RejectedError))
