@@ -31,18 +31,23 @@ def write_json(path: Path, value: object, *, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text as UTF-8; arguments as ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file beside ``path`` and rename it.
 
     Args:
         path: The file; its folder is made if needed.
-        text: What it is to hold.
+        content: What it is to hold.
         durable: Wait until it is on the disk. Without, a crash of the machine may leave the old file, or an empty one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             if durable:
                 _sync(file.fileno())
@@ -71,6 +76,11 @@ def sync_folder(path: Path) -> None:
         _sync(handle)
     finally:
         os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file onto the disk, where the file system can."""
+    sync_folder(path)
 
 
 def sync_tree(path: Path) -> None:
@@ -103,10 +113,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, *, key: str = "run_dir", wait_seconds: float | None = None) -> Iterator[None]:
     """Hold the run directory; the lock goes with the process, however it ends.
 
     On a file system without locks a line says that nothing keeps another run out.
+
+    Args:
+        run_dir: The folder; made if needed.
+        key: What users know it as.
+        wait_seconds: How long another run may go on holding it; ``LOCK_WAIT_SECONDS`` if None.
 
     Raises:
         ValueError: If another run holds it.
@@ -114,7 +129,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     import fcntl
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + (LOCK_WAIT_SECONDS if wait_seconds is None else wait_seconds)
     with (run_dir / LOCK).open("a+") as file:
         while True:
             try:
@@ -123,13 +138,14 @@ def locked(run_dir: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     file.seek(0)
-                    raise ValueError(f"run_dir {run_dir} is in use by another run ({file.read().strip()})") from error
+                    raise ValueError(f"{key} {run_dir} is in use by another run ({file.read().strip()})") from error
                 time.sleep(0.5)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
                 logger.warning(
-                    "run_dir %s is on a file system without locks (%s): see to it yourself that no other run uses it",
+                    "%s %s is on a file system without locks (%s): see to it yourself that no other run uses it",
+                    key,
                     run_dir,
                     error.strerror,
                 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.data.readers import open_dataset
+from nemo_bard.data.stream import identity_of
 
 
 class ChosenSamples:
@@ -49,10 +50,17 @@ class ChosenSamples:
             return self.dataset.describe(self.indices[index])
         return {"source": f"{type(self.dataset).__name__}[{self.indices[index]}]", "id": None}
 
+    def identity(self) -> dict[str, str]:
+        """What the samples depend on: the data set's own identity, and the choice."""
+        return {**identity_of(self.dataset), "chosen": f"{len(self)} samples, {self._digest()[:16]}"}
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.indices).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """A text that changes with the choice, and with the data set where that can tell."""
         own = self.dataset.fingerprint() if hasattr(self.dataset, "fingerprint") else type(self.dataset).__name__
-        return f"chosen {hashlib.sha256(json.dumps(self.indices).encode()).hexdigest()} {own}"
+        return f"chosen {self._digest()} {own}"
 
 
 def make_chosen(dataset: Mapping[str, Any], indices_file: str) -> ChosenSamples:

@@ -7,78 +7,20 @@ with content parts ``{"type": "text", "text"}``, ``{"type": "image", "image": PI
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
-from nemo_bard.base.errors import one_line, short
+from nemo_bard.base.errors import short
+from nemo_bard.data.media import SOURCE_KEYS, MediaSource, media_source
+from nemo_bard.data.sample import RejectedError
 
 ROLES = ("system", "user", "assistant")
 RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 """Tokens that structure a conversation; inside a text they would move its turns or images."""
 
 _PLACEHOLDER = re.compile(r"<(image|video)>")
-_SOURCE_KEYS = {"image": ("image", "path", "url", "bytes", "base64"), "video": ("video", "path", "url")}
-_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # JPEG, PNG, GIF, WebP
-_BASE64_TEXT = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-
-
-@dataclass(frozen=True)
-class MediaSource:
-    """Where an image or a video comes from; nothing is opened before ``open_image``."""
-
-    kind: str
-    """``image`` or ``video``."""
-    path: Path | None = None
-    """File, or None if the bytes are in the line."""
-    encoded: str | None = None
-    """Base64 text of the bytes, or None."""
-    data: bytes | None = None
-    """The bytes themselves, or None."""
-    size: tuple[int, int] | None = None
-    """Width and height, where they are known and nothing else is."""
-
-    def open_image(self, *, header_only: bool = False) -> Image.Image:
-        """Read the image as RGB, turned upright by its EXIF tag.
-
-        Args:
-            header_only: Only see that it exists and is an image; pixels stay unread.
-
-        Raises:
-            ValueError: If it is missing or not readable as an image.
-        """
-        if header_only and self.size is not None:
-            return Image.new("1", self.size)
-        name = str(self.path) if self.path is not None else "given as bytes"
-        if self.path is not None and not self.path.is_file():
-            raise ValueError(f"image file {name} does not exist")
-        try:
-            if self.path is not None:
-                stream: Any = self.path
-            elif self.data is not None:
-                stream = io.BytesIO(self.data)
-            else:
-                stream = io.BytesIO(base64.b64decode("".join((self.encoded or "").split()), validate=True))
-            with Image.open(stream) as image:
-                return image if header_only else ImageOps.exif_transpose(image).convert("RGB")
-        except binascii.Error as error:
-            raise ValueError(f"image bytes are not base64 ({error})") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {name} cannot be read ({one_line(error)})") from error
-
-    def check(self) -> None:
-        """Raise ValueError unless the file exists and, for an image, its header can be read."""
-        if self.kind == "image":
-            self.open_image(header_only=True)
-        elif self.path is None or not self.path.is_file():
-            raise ValueError(f"video file {self.path} does not exist")
 
 
 def parse_record(
@@ -101,25 +43,26 @@ def parse_record(
             entries do not match.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a line must be a JSON object, got {type(record).__name__}")
+        raise RejectedError("messages", f"a line must be a JSON object, got {type(record).__name__}")
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"'messages' must be a non-empty list, got {short(messages)}")
+        raise RejectedError("messages", f"'messages' must be a non-empty list, got {short(messages)}")
     pools: dict[str, list[MediaSource]] = {}
     for kind in ("image", "video"):
         entries = record.get(f"{kind}s")
         entries = [] if entries is None else entries
         if not isinstance(entries, list):
-            raise ValueError(f"'{kind}s' must be a list, got {short(entries)}")
-        pools[kind] = [_media_source(kind, entry, root_dir) for entry in entries]
+            raise RejectedError("layout", f"'{kind}s' must be a list, got {short(entries)}")
+        pools[kind] = [media_source(kind, entry, root_dir) for entry in entries]
     feeds = {kind: iter(pool) for kind, pool in pools.items()}
     wanted = {"image": 0, "video": 0}
     conversation = [_parse_message(message, i, feeds, wanted, root_dir) for i, message in enumerate(messages)]
     for kind, pool in pools.items():
         if wanted[kind] != len(pool):
-            raise ValueError(f"{wanted[kind]} {kind} placeholders in 'messages' but {len(pool)} entries in '{kind}s'")
+            reason = f"{wanted[kind]} {kind} placeholders in 'messages' but {len(pool)} entries in '{kind}s'"
+            raise RejectedError("placeholders", reason)
     if needs_answer and not any(message["role"] == "assistant" for message in conversation):
-        raise ValueError("no assistant turn in 'messages', there is nothing to learn from")
+        raise RejectedError("no_answer", "no assistant turn in 'messages', there is nothing to learn from")
     meta = {key: value for key, value in record.items() if key not in ("messages", "images", "videos")}
     return conversation, meta
 
@@ -128,45 +71,85 @@ def _parse_message(
     message: object, index: int, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
 ) -> dict[str, Any]:
     where = f"messages[{index}]"
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} must be an object with 'role' and 'content', got {short(message)}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {short(role)}")
+    role, content = check_turn(message, where)
     if isinstance(content, str):
         parts = _split_placeholders(content, feeds, wanted)
     elif isinstance(content, list):
         parts = [_parse_part(part, f"{where}.content[{i}]", feeds, wanted, root_dir) for i, part in enumerate(content)]
     else:
-        raise ValueError(f"{where}: content must be a text or a list of parts, got {short(content)}")
+        kind = "missing_text" if content is None else "messages"
+        raise RejectedError(kind, f"{where}: content must be a text or a list of parts, got {short(content)}")
     for part in parts:
-        if part["type"] == "text" and (found := next((t for t in RESERVED_TOKENS if t in part["text"]), None)):
-            raise ValueError(f"{where}: the text holds {found}, which the chat template reserves")
+        if part["type"] == "text":
+            check_text(part["text"], where)
     if role == "assistant":
         if any(part["type"] != "text" for part in parts):
-            raise ValueError(f"{where}: an assistant turn must be text only")
+            raise RejectedError("messages", f"{where}: an assistant turn must be text only")
         if not "".join(part["text"] for part in parts).strip():
-            raise ValueError(f"{where}: the answer of the assistant is empty")
+            raise RejectedError("empty_answer", f"{where}: the answer of the assistant is empty")
     return {"role": role, "content": parts}
+
+
+def check_turn(message: object, where: str) -> tuple[str, object]:
+    """Role and content of a turn.
+
+    Raises:
+        RejectedError: If it is no object or of somebody unknown.
+    """
+    if not isinstance(message, Mapping):
+        reason = f"{where} must be an object with 'role' and 'content', got {short(message)}"
+        raise RejectedError("messages", reason)
+    role = message.get("role")
+    if role not in ROLES:
+        raise RejectedError("unknown_role", f"{where}: role must be one of {', '.join(ROLES)}, got {short(role)}")
+    return role, message.get("content")
+
+
+def check_text(text: str, where: str) -> None:
+    """Check that a text can be encoded and leaves the turns as they are.
+
+    Raises:
+        RejectedError: If not.
+    """
+    if found := next((token for token in RESERVED_TOKENS if token in text), None):
+        raise RejectedError("reserved_token", f"{where}: the text holds {found}, which the chat template reserves")
+    check_encodable(text, where)
+
+
+def check_encodable(text: str, where: str) -> None:
+    """Check that a text can be written and tokenised.
+
+    Raises:
+        RejectedError: If not.
+    """
+    if "\0" in text:
+        raise RejectedError("bad_text", f"{where}: the text holds a NUL character at place {text.index(chr(0))}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        reason = f"half of a surrogate pair ({text[error.start]!a}) at place {error.start}"
+        raise RejectedError("bad_text", f"{where}: the text holds {reason}") from error
 
 
 def _parse_part(
     part: object, where: str, feeds: dict[str, Iterator[MediaSource]], wanted: dict[str, int], root_dir: Path
 ) -> dict[str, Any]:
-    if not isinstance(part, dict):
-        raise ValueError(f"{where} must be an object with 'type', got {short(part)}")
+    if not isinstance(part, Mapping):
+        raise RejectedError("messages", f"{where} must be an object with 'type', got {short(part)}")
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}: 'text' must be a text, got {short(part.get('text'))}")
+            kind = "missing_text" if part.get("text") is None else "messages"
+            raise RejectedError(kind, f"{where}: 'text' must be a text, got {short(part.get('text'))}")
         return {"type": "text", "text": part["text"]}
     if kind == "image_url":
         url = part.get("image_url")
-        return {"type": "image", "image": _media_source("image", url, root_dir)}
-    if kind not in _SOURCE_KEYS:
-        raise ValueError(f"{where}: type must be one of text, image, image_url, video, got {short(kind)}")
-    if any(part.get(key) is not None for key in _SOURCE_KEYS[kind]):
-        return {"type": kind, kind: _media_source(kind, part, root_dir)}
+        return {"type": "image", "image": media_source("image", url, root_dir)}
+    if not isinstance(kind, str) or kind not in SOURCE_KEYS:
+        reason = f"{where}: type must be one of text, image, image_url, video, got {short(kind)}"
+        raise RejectedError("messages", reason)
+    if any(part.get(key) is not None for key in SOURCE_KEYS[kind]):
+        return {"type": kind, kind: media_source(kind, part, root_dir)}
     wanted[kind] += 1
     return {"type": kind, kind: next(feeds[kind], None)}
 
@@ -186,37 +169,6 @@ def _split_placeholders(
     if cursor < len(text) or not parts:
         parts.append({"type": "text", "text": text[cursor:]})
     return parts
-
-
-def _media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:
-    """Read a path, a data URI, base64 text, bytes, or an object that holds one of them."""
-    if isinstance(entry, MediaSource):
-        return entry
-    if isinstance(entry, bytes) and kind == "image":
-        return MediaSource(kind, data=entry)
-    if isinstance(entry, dict):
-        given = {key: entry[key] for key in _SOURCE_KEYS[kind] if entry.get(key) is not None}
-        for key in ("bytes", "base64"):
-            if isinstance(given.get(key), str) and not given[key].startswith("data:"):
-                return MediaSource(kind, encoded=given[key])
-        entry = next(iter(given.values()), None)
-        if isinstance(entry, dict):
-            return _media_source(kind, entry, root_dir)
-    if not isinstance(entry, str) or not entry:
-        raise ValueError(
-            f"{kind} must be a path{', a data: URI or base64 bytes' * (kind == 'image')}, got {short(entry)}"
-        )
-    if entry.startswith("data:") and kind == "image":
-        header, comma, payload = entry.partition(",")
-        if not comma or not header.endswith(";base64"):
-            raise ValueError(f"image data: URI must be 'data:<type>;base64,<bytes>', got {short(entry)}")
-        return MediaSource(kind, encoded=payload)
-    if re.match(r"(?i)(https?|ftp|s3|gs)://", entry):
-        raise ValueError(f"{kind} must be a local file, got the address {short(entry)}")
-    if kind == "image" and entry.startswith(_BASE64_STARTS) and len(entry) >= 64 and _BASE64_TEXT.fullmatch(entry):
-        return MediaSource(kind, encoded=entry)
-    path = Path(entry.removeprefix("file://"))
-    return MediaSource(kind, path=path if path.is_absolute() else root_dir / path)
 
 
 def media_of(conversation: list[dict[str, Any]]) -> Iterator[MediaSource]:

@@ -133,7 +133,9 @@ def checkpoint_problem(path: Path) -> str | None:
     if (path / INCOMPLETE).exists():
         return "half-written, its save was interrupted"
     shards = list((path / "model").glob("*.safetensors"))
-    for needed in (path / "step_scheduler.pt", path / "config.yaml", path / "optim" / ".metadata"):
+    stream = path / "data_stream.pt"  # not in checkpoints of earlier versions
+    state = (path / "step_scheduler.pt", path / "config.yaml", path / "optim" / ".metadata")
+    for needed in (*state, stream) if stream.exists() else state:
         if not needed.is_file() or needed.stat().st_size == 0:
             return f"{needed.relative_to(path)} is missing or empty"
     if not shards:

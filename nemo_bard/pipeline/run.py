@@ -203,12 +203,8 @@ class Pipeline:
         now = compare.ingredients(stage, self.job, old or self._known)
         if old is not None and manifest.newest_checkpoint(stage.checkpoints)[0] is not None:
             compare.check_same(stage, self.job, old, now, "begun")
-            if old["processes"] != self.world.size:
-                raise ValueError(
-                    f"stage {stage.name} was begun with {old['processes']} processes, now there are {self.world.size};"
-                    f" the order of its data would change: start as many, or delete {stage.folder}"
-                )
-        started = {**now, "processes": self.world.size}
+            stage.check_goes_on(old, self.world.size)
+        started = {**now, **stage.split(self.world.size)}
         write_json(stage.folder / manifest.STARTED, started)
         stage.begin()
         return started

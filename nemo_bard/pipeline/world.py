@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS
+from nemo_bard.base.processes import die_with
 from nemo_bard.launch.exits import PREEMPTION_SIGNALS, under_torchrun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-PR_SET_PDEATHSIG = 1
 
 
 class Preempted(Exception):
@@ -69,9 +69,7 @@ def die_with_launcher() -> None:
     Otherwise workers would train on without anyone waiting for them, and hold the run directory.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(os.getppid())
 
 
 class World:

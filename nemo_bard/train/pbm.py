@@ -1,7 +1,8 @@
 """The PBM recipe: supervised block-diffusion fine-tuning at one block size (BARD, arXiv 2604.16514).
 
 A stage of progressive block merging is this recipe with its own ``model.block_size``, started from the stage before.
-``train.step`` holds an optimizer step, ``train.validation`` the validation; here everything is built.
+``train.step`` holds an optimizer step, ``train.validation`` the validation, ``train.resume`` how it goes on; here everything
+is built.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
 from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.rejects import check_on_bad_sample
+from nemo_bard.data.stream import is_ordered
 from nemo_bard.generation.settings import check_mask_token_id
 from nemo_bard.method.layout import RowOptions
 from nemo_bard.method.losses import BlockDiffusionLoss
@@ -38,8 +40,8 @@ from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import REPLICAS_KEY, check_ar_loss, check_batch_sizes, replicas_of, validate_recipe
 from nemo_bard.train.masks import FLEX_SHORTEST_ROW, FLEX_TILE, uses_flex
 from nemo_bard.train.phases import NoiseOfRun
+from nemo_bard.train.resume import ResumedTraining
 from nemo_bard.train.settings import PackingSettings, RecipeSettings
-from nemo_bard.train.validation import ValidatedTraining
 from nemo_bard.upstream import automodel, cpu
 from nemo_bard.upstream.recipe import OpenedDataloaderConfig, Source, run_main
 from nemo_bard.upstream.transformers import text_section
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TIMEOUT_MINUTES = 30
 
 
-class PBMRecipe(ValidatedTraining):
+class PBMRecipe(ResumedTraining):
     """AutoModel's VLM recipe for block diffusion; see ``recipes/pbm.yaml`` for its settings."""
 
     loss_class: ClassVar[type[nn.Module]] = BlockDiffusionLoss
@@ -160,7 +162,8 @@ class PBMRecipe(ValidatedTraining):
                     check_once(one, self._cache_dir(), ranks=ranks, num_workers=loader.num_workers)
             return made, processor
 
-        return OpenedDataloaderConfig.from_config(loader, opened)
+        sampler = partial(self.stream_sampler, loader) if split == "train" else None
+        return OpenedDataloaderConfig.from_config(loader, opened, sampler)
 
     def _cache_dir(self) -> Path:
         """Folder for what is known of data sets."""
@@ -175,7 +178,7 @@ class PBMRecipe(ValidatedTraining):
             self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
             cache_dir=self._cache_dir(),
             seed=self.seed,
-            shuffle=loader.shuffle,
+            shuffle=loader.shuffle and not is_ordered(dataset),
             num_workers=loader.num_workers,
             drop_bad=self.on_bad_sample.drops,
             ranks=ranks,
@@ -260,18 +263,10 @@ class PBMRecipe(ValidatedTraining):
             )
 
     def load_checkpoint(self, restore_from: str | None = None) -> None:
-        """Load as upstream does; a checkpoint of the last step of an epoch goes on with the next epoch.
-
-        Upstream (0.7.0) stores the epoch that has ended, and where its last step had fewer microbatches than the others,
-        the epoch would be run again. Adapters start alike on all ranks before.
-        """
+        """Load, after adapters were drawn alike on all ranks; see ``ResumedTraining``."""
         if self.peft_config is not None:
             draw_adapters(self.model_parts[0], self.peft_config.lora_A_init, self.seed)
         super().load_checkpoint(restore_from)
-        scheduler = self.step_scheduler
-        if scheduler.epoch_len is not None and scheduler.step // scheduler.epoch_len > scheduler.epoch:
-            scheduler.epoch = scheduler.step // scheduler.epoch_len
-            self.dataloader.next_iter_state = None  # of the epoch that has ended
 
     def _random_ids(self) -> int:
         """How many ids random replacements are drawn from."""

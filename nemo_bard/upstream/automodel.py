@@ -102,6 +102,12 @@ TOUCHED = (
         parameters="self",
     ),
     _hook(
+        f"{_RECIPE}._load_checkpoint_tracked_state",
+        reason="overridden: what the samples depend on is compared first, and random states may be those of other ranks",
+        until="AutoModel goes on on another number of ranks",
+        parameters="self, ckpt_dir",
+    ),
+    _hook(
         f"{_RECIPE}._dp_allreduce",
         reason="sums counts and losses over the ranks",
         parameters="self, tensor, op, include_cp",

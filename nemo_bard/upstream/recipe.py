@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderConfig
+from nemo_automodel.components.datasets.vlm.loader import VlmDataloaderBuild, VlmDataloaderConfig
 from nemo_automodel.components.distributed.config import DistributedSetup
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.recipes.vlm.finetune import FinetuneRecipeForVLM
 from torch import Tensor, nn
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nemo_bard.upstream import cpu
 from nemo_bard.upstream.automodel import load_config, to_device
@@ -59,6 +62,17 @@ class VLMRecipe(FinetuneRecipeForVLM):
     def validate(self, loader: Any) -> MetricsSample:
         """Run over a validation set; returns what is to be logged of it."""
         return super()._run_validation_epoch(loader)
+
+    def restore_state(self, folder: Path) -> Any:
+        """Load what a checkpoint keeps besides weights and optimizer; called once the checkpoint is chosen.
+
+        Args:
+            folder: The checkpoint.
+
+        Returns:
+            What upstream needs to load the rest.
+        """
+        return super()._load_checkpoint_tracked_state(str(folder))
 
     def sum_over_ranks(self, tensor: Tensor, *, context_parallel: bool = False) -> Tensor:
         """Sum a tensor over the data-parallel ranks; it comes back on the CPU where there are several.
@@ -113,6 +127,9 @@ class VLMRecipe(FinetuneRecipeForVLM):
         del num_label_tokens
         self.microbatch(idx, batch, losses=loss_buffer, num_batches=num_batches, is_train=is_train)
 
+    def _load_checkpoint_tracked_state(self, ckpt_dir: str) -> Any:
+        return self.restore_state(Path(ckpt_dir))
+
     def _run_validation_epoch(self, val_dataloader: Any) -> MetricsSample:
         return self.validate(val_dataloader)
 
@@ -126,17 +143,43 @@ class OpenedDataloaderConfig(VlmDataloaderConfig):
     """AutoModel's input pipeline whose data set a function of ours opens, on all ranks at once.
 
     AutoModel opens it on the first rank first, and its other ranks wait for that at most as long as gloo does by default.
+    Its sampler knows no place to begin at, which its loader's state has to stand in for.
     """
 
     open: Callable[[Callable[[], Source]], Source] | None = None
     """From what opens data set and processor to what samplers and collators see of them."""
+    sampler: Callable[[Any, int, int], Sampler] | None = None
+    """From data set, data-parallel rank and number of ranks to a sampler, which drops what is to be dropped; None is
+    upstream's."""
 
     @classmethod
     def from_config(
-        cls, config: VlmDataloaderConfig, opened: Callable[[Callable[[], Source]], Source]
+        cls,
+        config: VlmDataloaderConfig,
+        opened: Callable[[Callable[[], Source]], Source],
+        sampler: Callable[[Any, int, int], Sampler] | None = None,
     ) -> OpenedDataloaderConfig:
-        """The same pipeline, opened by ``opened``."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(config)}, open=opened)
+        """The same pipeline, opened by ``opened`` and in the order of ``sampler``."""
+        settings = {field.name: getattr(config, field.name) for field in fields(config)}
+        return cls(**settings, open=opened, sampler=sampler)
+
+    def build(self, *, dp_rank: int, dp_world_size: int, **kwargs: Any) -> VlmDataloaderBuild:
+        """Build as upstream does, with our sampler if there is one."""
+        built = super().build(dp_rank=dp_rank, dp_world_size=dp_world_size, **kwargs)
+        if self.sampler is None:
+            return built
+        loader = built.dataloader
+        dealt = StatefulDataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            sampler=self.sampler(loader.dataset, dp_rank, dp_world_size),
+            collate_fn=loader.collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.persistent_workers,
+            prefetch_factor=self.prefetch_factor,
+        )
+        return replace(built, dataloader=dealt)
 
     def _build_source(
         self,

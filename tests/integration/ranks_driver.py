@@ -1,12 +1,14 @@
 """Runs recipes on several numbers of ranks, all forked from one process: ``ranks_driver.py JOBS.json``.
 
-The file holds ``{number of ranks: [job, ...]}``; a job is one of ``pbm_driver``, with ``ranks_per_node`` to pretend, and
-``counts``, where rank 0 writes what it held and received in the last step. Importing AutoModel takes longer than a run, and
-forking does not import it again.
+The file holds ``{number of ranks: [job, ...]}``, or a list of these, one after the other. A job is one of ``pbm_driver``,
+with ``ranks_per_node`` to pretend, and ``counts``, where rank 0 writes what it held and received in the last step, or
+``stream``, a folder where every rank writes the samples of its steps and their noise. Importing AutoModel takes longer than a
+run, and forking does not import it again.
 """
 
 import contextlib
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -81,6 +83,22 @@ def counted(base, counts):
     return Counted
 
 
+def recorded(base, folder):
+    """The recipe class, writing into a folder: step, index and noise of every sample of this rank."""
+
+    class Recorded(base):
+        def microbatch(self, index, batch, **kwargs):
+            with open(f"{folder}/{os.getpid()}.jsonl", "a") as file:
+                for row, sample, item in batch["noise_keys"]:
+                    own = batch["sample_ids"][row] == sample
+                    parts = [batch[key][row][own] for key in ("input_ids", "labels", "loss_mask")]
+                    noise = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+                    file.write(json.dumps([self.step_scheduler.step, item, noise]) + "\n")
+            super().microbatch(index, batch, **kwargs)
+
+    return Recorded
+
+
 @contextlib.contextmanager
 def counted_collectives(counts):
     """Collectives inside this context are counted where they belong to a microbatch."""
@@ -110,10 +128,13 @@ def work(rank, ranks, port, jobs):
     for job in jobs:
         os.environ["LOCAL_WORLD_SIZE"] = str(job.get("ranks_per_node", ranks))
         counts, name = Counts(), job.get("recipe", "pbm")
-        pbm_driver.RECIPES[name] = counted(RECIPES[name], counts)
+        pbm_driver.RECIPES[name] = counted(RECIPES[name], counts) if "counts" in job else RECIPES[name]
+        if "stream" in job:
+            os.makedirs(job["stream"], exist_ok=True)
+            pbm_driver.RECIPES[name] = recorded(RECIPES[name], job["stream"])
         with counted_collectives(counts):
-            pbm_driver.run(job["overrides"], None, name)
-        if rank == 0:
+            pbm_driver.run(job["overrides"], job.get("sigterm_at"), name)
+        if rank == 0 and "counts" in job:
             counts.write(job["counts"])
 
 
@@ -128,17 +149,20 @@ if __name__ == "__main__":
     cpu_compat.apply()
     torch.set_num_threads(1)
     with open(sys.argv[1]) as file:
-        worlds = json.load(file)
-    first = next(iter(worlds.values()))[0]["overrides"]
+        given = json.load(file)
+    turns = given if isinstance(given, list) else [given]
+    first = next(iter(turns[0].values()))[0]["overrides"]
     AutoProcessor.from_pretrained(first["model.pretrained_model_name_or_path"])  # imports a lot, once for all
     gc.freeze()  # what is there already is never garbage
     context = multiprocessing.get_context("fork")
-    processes = []
-    for number, jobs in worlds.items():
-        port = free_port()
-        processes += [context.Process(target=work, args=(rank, int(number), port, jobs)) for rank in range(int(number))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+    for worlds in turns:
+        processes = []
+        for number, jobs in worlds.items():
+            port, ranks = free_port(), int(number)
+            processes += [context.Process(target=work, args=(rank, ranks, port, jobs)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if failed := max(abs(process.exitcode or 0) for process in processes):
+            sys.exit(failed)
