@@ -437,7 +437,7 @@ def test_images_alone_and_images_beside_a_list(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_bytes(picture())
     assert [one for _, one in read_all(tmp_path)] == [
-        {"file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
+        {"id": "images/a.jpg", "file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
     ]
     for folder in ("train2017", "val2017"):  # of images, which a list names, the splits do not matter
         (tmp_path / "images" / folder).mkdir()
