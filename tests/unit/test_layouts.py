@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 
@@ -359,6 +360,30 @@ def test_messages_from_lines_and_tables(tmp_path):
     )
     for end in ("jsonl", "parquet"):
         assert records(write_rows(tmp_path / f"mine.{end}", [row])) == ("messages", [wanted])
+
+
+def test_turns_as_text_and_as_an_object_of_lists(tmp_path):
+    """A CSV can hold JSON only; ``datasets.Sequence`` stores an object of lists."""
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]
+    write_csv(tmp_path / "a.csv", [["image", "conversations"], ["a.jpg", json.dumps(talk)], ["a.jpg", "[{"]])
+    turns = [user("What?"), assistant("Red.")]
+    source = RawSource(tmp_path / "a.csv")
+    assert (source.layout, source.record(0).messages) == ("llava", turns)
+    with pytest.raises(RejectedError, match="'conversations' is a text and no JSON") as caught:
+        source.record(1)
+    assert caught.value.kind == "bad_json"
+    lists = {"from": ["human", "gpt"], "value": ["What?", "Red."]}
+    assert records(write_rows(tmp_path / "a.parquet", [{"conversations": lists}]))[1][0].messages == turns
+    lists = {"user": ["A?", "B?"], "assistant": ["a", "b"], "source": ["s", "t"]}
+    assert lay_out("cauldron", {"texts": lists}).messages == [user("A?"), assistant("a"), user("B?"), assistant("b")]
+    with pytest.raises(RejectedError, match="must be a list of turns"):
+        lay_out("llava", {"conversations": {"from": ["human"], "value": []}})
+
+
+def test_tables_of_questions_and_responses():
+    row = {"image": "a.jpg", "question": "What?", "response": "Red."}
+    assert detect(row) == "captions"
+    assert lay_out("captions", row).messages == [user("What?"), assistant("Red.")]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from nemo_bard.data.sample import Record, RejectedError
 CAPTION_PROMPT = "Describe the image."
 """What the user asks where a set has captions alone."""
 IMAGES = ("image", "image_path", "file_name", "filename", "filepath", "img", "jpg")
-CAPTIONS = ("caption", "text", "description", "answer")
+CAPTIONS = ("caption", "text", "description", "answer", "response")
 PROMPTS = ("prompt", "question")
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Ends of an archive's members that are images."""
