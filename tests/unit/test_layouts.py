@@ -221,7 +221,7 @@ def test_archives(tmp_path):
         ("002b.jpg", RED),
         ("002b.json", {"url": "u", "width": 8}),
         ("002b.txt", "Red."),
-        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["img0"]}),
+        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["coco/7.png"]}),
         ("002c.img0.jpg", RED),
         ("003.json", {"texts": [{"user": "Hi", "assistant": "Hello"}], "images": None}),
     ]
@@ -271,7 +271,12 @@ def test_images_of_an_archive_go_by_number_and_as_listed(tmp_path):
         (
             [("a.img0.jpg", RED), ("a.json", {"captions": ["x"], "images": ["img9.jpg"]})],
             "bad_member",
-            "names the image 'img9.jpg', found img0.jpg",
+            r"names the images \['img9.jpg'\], the archive has img0.jpg",
+        ),
+        (
+            [("a.img0.jpg", RED), ("a.img1.jpg", RED), ("a.json", {"captions": ["x"], "images": ["img1.jpg"]})],
+            "bad_member",
+            "the archive has img0.jpg, img1.jpg",
         ),
         (
             [("a.img0.jpg", RED), ("a.json", {"captions": ["x", "y"], "images": ["img0.jpg"]})],
