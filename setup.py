@@ -52,7 +52,7 @@ setup(
         "numpy",
         "omegaconf>=2.3",
         "packaging",
-        "pillow",
+        "pillow>=11.3",  # reads AVIF
         "pyyaml",
         "qwen-vl-utils>=0.0.14",
         "safetensors",

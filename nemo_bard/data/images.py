@@ -6,13 +6,14 @@ import contextlib
 import io
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.sample import RejectedError
@@ -30,6 +31,12 @@ JPEG_QUALITY = 95
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
 _SIXTEEN_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
 _BAD_EXIF = (SyntaxError, struct.error, ValueError, TypeError, LookupError, OSError, EOFError, ArithmeticError)
+_LOCK = threading.Lock()
+_GLOBALS = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    (Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2),  # twice as many are an error
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 64 * 1024 * 1024),  # 1 MB refuses images for the metadata of Photoshop
+)
 _LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 _BYTES = "given as bytes"
 
@@ -131,7 +138,7 @@ def shrink(data: bytes, max_pixels: int | None, *, name: str = _BYTES) -> tuple[
     if max_pixels is None or image.width * image.height <= max_pixels:
         return data, image.size
     size = shrunk_size(*image.size, max_pixels)
-    small = Image.fromarray(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))  # without the old one's metadata
+    small = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     if form in _LOSSY and not transparent:
         small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
@@ -167,7 +174,7 @@ def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
 
 
 def _stream_of(path: Path) -> IO[bytes]:
-    name = _clipped(str(path))
+    name = clipped(str(path))
     try:
         if not path.is_file():
             raise RejectedError("missing_image", f"image file {name} does not exist")
@@ -192,7 +199,7 @@ def _decode(data: bytes, name: str) -> _Decoded:
 @contextlib.contextmanager
 def _opened(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
     """Open and check a header; whatever goes wrong inside becomes a ``RejectedError``."""
-    name = _clipped(name)
+    name = clipped(name)
     try:
         if not stream.read(1):
             raise RejectedError("empty_image", f"image {name} cannot be read (it has 0 bytes)")
@@ -216,17 +223,18 @@ def _opened(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
 def _strict() -> Iterator[None]:
     """Pillow as it must be here: importing AutoModel's multimodal data sets, for one, lets truncated files pass.
 
-    Its warnings (large images, odd metadata) are not for the terminal. All these are globals of a process, so that threads
-    must not decode at once.
+    Its warnings (large images, odd metadata) are not for the terminal. All these are globals of a process, hence the lock.
     """
-    truncated, limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, MAX_PIXELS // 2  # an error above twice the limit
-    try:
-        with warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings():
+        before = [getattr(module, name) for module, name, _ in _GLOBALS]
+        for module, name, value in _GLOBALS:
+            setattr(module, name, value)
+        try:
             warnings.simplefilter("ignore")
             yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = truncated, limit
+        finally:
+            for (module, name, _), value in zip(_GLOBALS, before, strict=True):
+                setattr(module, name, value)
 
 
 def _check(image: Image.Image, name: str) -> None:
@@ -293,7 +301,7 @@ def _has_late_text(stream: IO[bytes]) -> bool:
     return False
 
 
-def _clipped(name: str) -> str:
+def clipped(name: str) -> str:
     """A name that fits on a line; what is taken for a path may be anything."""
     name = name.encode("unicode_escape").decode() if not name.isprintable() else name
     return name if len(name) <= 300 else f"{name[:297]}..."

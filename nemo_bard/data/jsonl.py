@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nemo_bard.base.errors import one_line, short
+from nemo_bard.base.errors import one_line
 from nemo_bard.data.conversation import media_of, open_media, parse_record
+from nemo_bard.data.json_text import load_json
 
 _PROGRESS_BYTES = 256 * 1024 * 1024
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -99,7 +99,7 @@ class JsonlDataset:
             for index in np.linspace(0, len(self) - 1, min(len(self), _TOLD_APART), dtype=np.int64):
                 file.seek(int(self._bounds[index]))
                 digest.update(file.read(int(self._bounds[index + 1] - self._bounds[index])))
-        return {"dataset": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
+        return {"content": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
 
     def line_bytes(self) -> np.ndarray:
         """Size of every line, ``[n]`` int64: what can be known of lengths without reading samples."""
@@ -164,32 +164,6 @@ def make_jsonl(
         ValueError: As ``JsonlDataset``.
     """
     return JsonlDataset(path, root_dir=root_dir, validate=validate, limit=limit)
-
-
-def load_json(line: bytes) -> object:
-    """Read one line.
-
-    Raises:
-        ValueError: If it is empty, not UTF-8 or not JSON, or a key is given twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
-        return record
-
-    try:
-        text = line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the line is not UTF-8 ({one_line(error)})") from error
-    if not text:
-        raise ValueError("the line is empty, a JSON object is needed")
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the line is not JSON ({error.msg} at column {error.colno}): {short(text)}") from error
 
 
 def _line_bounds(path: Path, limit: int | None) -> np.ndarray:

@@ -153,6 +153,7 @@ def _checked_video(source: MediaSource) -> str:
     source.check()
     find_decoder()  # without one no row is to blame
     path = os.path.abspath(str(source.path))
+    check_encodable(path, "video")
     try:
         read_video(path, _video_processor())
     except ValueError as error:

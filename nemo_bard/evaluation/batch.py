@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.data.conversation import media_of, parse_record
-from nemo_bard.data.jsonl import load_json
+from nemo_bard.data.json_text import load_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import image_files as files
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from nemo_bard.data import images
 from nemo_bard.data.images import MAX_RATIO, SizeOnly, image_size, read_bytes, read_image, shrink, shrunk_size
@@ -165,6 +166,21 @@ def test_a_damaged_tag_leaves_an_image_as_it_is():
     assert pickle.loads(pickle.dumps(read_image(data))).getexif() == {}
 
 
+def test_metadata_may_be_long():
+    """Pillow allows a megabyte, and refuses the image for more."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("XML:com.adobe.xmp", "<x/>" * 500_000, zip=True)
+    assert read_image(files.encode(files.flat(), "PNG", pnginfo=info)).size == (40, 24)
+
+
+def test_threads_may_decode_at_once():
+    data = [files.encode(files.photo(40 + i, 30), "PNG") for i in range(24)]
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    with ThreadPoolExecutor(8) as pool:
+        assert [image.width for image in pool.map(read_image, data)] == [40 + i for i in range(24)]
+    assert before == (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK)
+
+
 def test_the_first_picture_of_a_camera_is_taken():
     data = files.encode(files.photo(), "MPO", save_all=True, append_images=[files.photo(16, 12)])
     with Image.open(io.BytesIO(data)) as image:
@@ -278,7 +294,7 @@ def test_a_smaller_size_is_within_limit_and_ratio():
             again = {"factor": 32, "min_pixels": 1024, "max_pixels": limit}
             assert smart_resize(tall, wide, **again) == qwen_vl_utils.smart_resize(tall, wide, **again) == (tall, wide)
             same += 1
-    assert same > 500
+    assert same > 200
     assert shrunk_size(4000, 3000, 1024 * 1024) == (1152, 864)
     assert shrunk_size(8000, 40, 100_000) == (4347, 23)
 

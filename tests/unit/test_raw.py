@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import tarfile
 import tracemalloc
 
 import datasets
@@ -194,6 +195,17 @@ def test_members_out_of_place(tmp_path, monkeypatch):
         assert (len(found), found[2][1].kind, "two places" in str(found[2][1])) == (3, "bad_member", True)
 
 
+def test_links_in_archives_are_no_files(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("a.txt", tarfile.REGTYPE), ("a.jpg", tarfile.LNKTYPE), ("b.txt", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "b.txt"
+            archive.addfile(info)
+    found = read_all(tmp_path / "a.tar")
+    assert [str(found[0][1]), found[0][1].kind] == ["a.jpg is no file, a link perhaps", "bad_member"]
+    assert found[1:] == [(1, {"__key__": "b", "txt": ""})]
+
+
 def test_long_names_in_archives(tmp_path, monkeypatch):
     names = [f"{'folder' * 30}/{i}/{'n' * 90}.txt" for i in range(5)]
     write_tar(tmp_path / "a.tar", [(name, name[:3]) for name in names])
@@ -325,6 +337,13 @@ def test_what_holds_no_data_is_named(tmp_path):
     (tmp_path / "out" / MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match="out is already prepared"):
         find_units(tmp_path / "out")
+
+
+def test_a_wrong_path_is_no_hub_name(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^data/none does not exist$"):
+        find_units("data/none")
 
 
 def test_hub_names_without_a_network(monkeypatch):

@@ -11,10 +11,13 @@ from PIL import Image
 from prepared_folder import sample, write_prepared
 from raw_files import picture, write_csv, write_rows, write_tar
 
+from nemo_bard.base.paths import recipes_dir
 from nemo_bard.data import PreparedDataset, RowsDataset, open_dataset
 from nemo_bard.data.checks import check_once
 from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.readers import input_files
+from nemo_bard.pipeline.compose import compose, read_words
+from nemo_bard.pipeline.job import make_job
 
 RED, BLUE = picture((250, 0, 0)), picture((0, 0, 250), (10, 4))
 
@@ -207,3 +210,22 @@ def test_a_prepared_folder(tmp_path):
         open_dataset(f"prepared:{out},source=chart")
     with pytest.raises(ValueError, match="already prepared"):
         RowsDataset(out)
+
+
+def test_a_chain_takes_rows(llava, tmp_path):
+    path, images = llava
+
+    def recipe(*words):
+        composed = compose(read_words(recipes_dir() / "bard_b32.yaml", ["data=rows", f"data.path={path}", *words]))
+        job = make_job(composed)
+        return job, job.stage("pbm_b4").recipe
+
+    job, found = recipe(f"data.root_dir={images}", f"data.evaluation={path}")
+    section = {"_target_": "nemo_bard.data.RowsDataset", "path": str(path), "layout": None, "split": None}
+    assert found["dataset"] == {**section, "root_dir": str(images)}
+    assert len(open_dataset(found["dataset"])) == 3
+    assert "validation_dataset" not in found
+    assert (job.evaluation.data, job.stage("pbm_b4").reads()) == (str(path), {"dataset": path})
+    _, found = recipe(f"data.validation_path={path}", "data.layout=llava")
+    assert found["validation_dataset"] == {"_target_": "nemo_bard.data.open_dataset", "spec": str(path)}
+    assert found["dataset"]["layout"] == "llava"

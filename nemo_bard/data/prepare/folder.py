@@ -110,7 +110,7 @@ class OutFolder:
             file.unlink(missing_ok=True)
 
     # ------------------ the whole ------------------
-    def check_own(self, sources: Iterable[str]) -> None:
+    def check_own(self) -> None:
         """See that there is nothing in the folder that ``prepare`` has not written.
 
         Raises:
@@ -121,14 +121,14 @@ class OutFolder:
         if not self.path.is_dir():
             raise ValueError(f"OUT {self.path} is a file, a folder is needed")
         names = {entry.name for entry in self.path.iterdir()}
-        begun = self.plan_file.is_file()
-        known = {LOCK, STATE, *((MANIFEST, REJECTS, *sources) if begun else ())}
-        foreign = [name for name in sorted(names - known) if not (begun and _LEFT_ABOVE.fullmatch(name))]
-        if begun:
-            for source in sources:
-                found = (self.path / source).iterdir() if (self.path / source).is_dir() else ()
-                others = sorted(f.name for f in found if not _OURS.fullmatch(f.name) and not _LEFT.fullmatch(f.name))
-                foreign += [f"{source}/{name}" for name in others]
+        plan = read_json(self.plan_file)
+        sources = [] if plan is None else list(plan["sources"])
+        known = {LOCK, STATE, *((MANIFEST, REJECTS, *sources) if plan else ())}
+        foreign = [name for name in sorted(names - known) if not (plan and _LEFT_ABOVE.fullmatch(name))]
+        for source in sources:
+            found = (self.path / source).iterdir() if (self.path / source).is_dir() else ()
+            others = sorted(f.name for f in found if not _OURS.fullmatch(f.name) and not _LEFT.fullmatch(f.name))
+            foreign += [f"{source}/{name}" for name in others]
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise ValueError(

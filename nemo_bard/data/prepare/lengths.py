@@ -105,7 +105,7 @@ def _do_all(tasks: list[_Task], workers: Workers, progress: Progress) -> None:
     waiting = []
     for task in tasks:
         if task.target.is_file():
-            progress.skip(task.stop - task.start, task.stop - task.start)
+            progress.skip(task.stop - task.start)
         else:
             waiting.append(task)
     waiting.reverse()
@@ -113,8 +113,8 @@ def _do_all(tasks: list[_Task], workers: Workers, progress: Progress) -> None:
         while waiting and workers.busy < workers.capacity:
             workers.submit(_measure, waiting.pop())
         for task, _ in workers.next():
-            progress.update(task.stop - task.start, task.stop - task.start)
-        progress.tell("measured")
+            progress.update(task.stop - task.start)
+        progress.tell("")
 
 
 def _measure(task: _Task, stopped: Callable[[], bool]) -> None:

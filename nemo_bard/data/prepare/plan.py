@@ -15,40 +15,42 @@ from nemo_bard.base.files import read_json, write_json
 from nemo_bard.data.layouts import lay_out
 from nemo_bard.data.prepare.folder import OutFolder
 from nemo_bard.data.prepare.mix import Mix, Source
-from nemo_bard.data.prepare.unit import UnitTask, file_state
+from nemo_bard.data.prepare.unit import Piece, UnitTask, file_state
 from nemo_bard.data.raw import Unit, choose_layout, find_units, read_unit
 from nemo_bard.data.raw.unit import printable
-from nemo_bard.data.sample import RejectedError
+from nemo_bard.data.sample import Record, RejectedError
 
 FORMAT = 1
+PIECE_ROWS = 1024
+"""Rows of a unit of work, where rows name files of images: a unit of raw data may name hundreds of thousands."""
 LOOKED_AT = 32
 """Rows at the start of a source that its layout and the columns of its filters are looked for in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSource:
-    """A source and its units."""
+    """A source and its pieces, which are the units of work."""
 
     source: Source
     layout: str
-    units: list[Unit]
+    pieces: list[Piece]
     states: Mapping[str, Mapping[str, int]]
     """Size and time of its files."""
 
     @property
-    def bytes(self) -> int:
-        """Size of all units."""
-        return sum(unit.bytes for unit in self.units)
+    def rows(self) -> int:
+        """Rows of all pieces."""
+        return sum(piece.rows for piece in self.pieces)
 
     def task(self, folder: OutFolder, number: int, *, with_keys: bool) -> UnitTask:
         """What a worker has to know of a unit."""
-        options, unit = self.source.options, self.units[number]
+        options, piece = self.source.options, self.pieces[number]
         return UnitTask(
             out=folder.path,
             source=self.source.name,
             number=number,
-            unit=unit,
-            state=self.states[unit.file],
+            piece=piece,
+            state=self.states[piece.unit.file],
             layout=self.layout,
             root_dir=self.source.root_dir,
             filters=self.source.filters,
@@ -62,16 +64,18 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
     """Find the units of a source, and look at its first rows.
 
     Raises:
-        ValueError: If it cannot be read, lies in ``out`` or around it, has no row, its layout does not fit, or a filter's
+        ValueError: If it cannot be read, lies around ``out``, has no row, its layout does not fit, or a filter's
             column is not there; names the source.
     """
     _check_apart(source, out)
     with naming(source.name):
         units = find_units(source.path, split=source.options.split)
         layout = choose_layout(units, source.options.layout)
-        _look(source, layout, units)
+        records = _look(source, layout, units)
+        most = PIECE_ROWS if any(map(_names_files, records)) else max(unit.rows for unit in units)
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
-    return PlannedSource(source=source, layout=layout, units=units, states=states)
+    pieces = list(chain.from_iterable(Piece.of(unit, most) for unit in units))
+    return PlannedSource(source=source, layout=layout, pieces=pieces, states=states)
 
 
 @contextlib.contextmanager
@@ -88,28 +92,39 @@ def naming(source: str) -> Iterator[None]:
 
 
 def _check_apart(source: Source, out: Path) -> None:
-    """OUT is neither in a source nor around it."""
+    """OUT is not in a source, whose files it would become."""
     path, target = Path(source.path), out.absolute()
     if not path.is_absolute() or not path.exists():
         return
     path, target = path.resolve(), target.resolve()
     if path.is_dir() and path in (target, *target.parents):
         raise ValueError(f"OUT {out} lies in the folder of source {source.name}, {path}; name a folder outside of it")
-    if target in path.parents:
-        raise ValueError(f"source {source.name}: {path} lies in OUT {out}; name another OUT")
 
 
-def _look(source: Source, layout: str, units: list[Unit]) -> None:
-    """See that the layout fits some of the first rows, and that the columns of filters are there.
+def _names_files(record: Record) -> bool:
+    """Whether a row has images or videos in files of their own, so that its unit says nothing about how much there is to do."""
+    contents = [turn.get("content") for turn in record.messages if isinstance(turn, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    inside = [image.get("bytes") if isinstance(image, Mapping) else image for image in record.images]
+    return (
+        bool(record.videos)
+        or any(not isinstance(image, bytes) for image in inside)
+        or any(part.get("type") != "text" for part in parts)
+    )
+
+
+def _look(source: Source, layout: str, units: list[Unit]) -> list[Record]:
+    """Lay the first rows out, and see that the layout fits some of the first rows, and that the columns of filters are there.
 
     A wrong layout would reject all rows, a misspelt column leave them out.
     """
-    misfits, columns = [], dict[str, None]()
+    misfits, records, columns = [], list[Record](), dict[str, None]()
     rows = [row for _, row in islice(chain.from_iterable(map(read_unit, units)), LOOKED_AT)]
     rows = [row for row in rows if not isinstance(row, RejectedError)]
     for row in rows:
         try:
-            columns.update(dict.fromkeys(lay_out(layout, row).facts))
+            records.append(lay_out(layout, row))
+            columns.update(dict.fromkeys(records[-1].facts))
         except RejectedError as error:
             misfits += [error] if error.kind == "layout" else []
     if rows and len(misfits) == len(rows):
@@ -120,6 +135,7 @@ def _look(source: Source, layout: str, units: list[Unit]) -> None:
             hint = f" (did you mean {near!r}?)" if near else ""
             there = f"there are {', '.join(columns)}" if columns else f"the layout {layout} tells of none"
             raise ValueError(f"filter.{one.column}: no such column{hint}; {there}")
+    return records
 
 
 # ------------------ the folder's own plan ------------------
@@ -131,7 +147,7 @@ def describe(mix: Mix, planned: list[PlannedSource]) -> dict[str, Any]:
         "sources": {
             one.source.name: {
                 "settings": {**one.source.identity(), "layout": one.layout},
-                "units": len(one.units),
+                "units": len(one.pieces),
                 "files": {printable(file): dict(state) for file, state in one.states.items()},
             }
             for one in planned

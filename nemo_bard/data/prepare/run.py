@@ -57,7 +57,7 @@ def prepare(
         Interrupted: If a signal asked to stop.
     """
     folder, names = OutFolder(out), [source.name for source in mix.sources]
-    folder.check_own(names)
+    folder.check_own()
     if is_locked(out):
         raise ValueError(f"OUT {out} is in use by another run")
     if mix.model is not None:
@@ -65,7 +65,7 @@ def prepare(
     planned = [plan_source(source, out) for source in mix.sources]
     with ExitStack() as stack:
         stack.enter_context(locked(out, key="OUT", wait_seconds=LOCK_SECONDS))
-        folder.check_own(names)
+        folder.check_own()
         finished = is_prepared(out)
         settle(folder, describe(mix, planned), finished=finished)
         wait_for_workers_of_others(folder.state / WORKERS_LOCK)
@@ -125,13 +125,15 @@ def _make(
 ) -> Manifest:
     """Do all units that are not done, and put them together."""
     works = [
-        SourceWork(index=i, source=one.source, layout=one.layout, files=[printable(unit.file) for unit in one.units])
+        SourceWork(
+            index=i, source=one.source, layout=one.layout, files=[printable(piece.unit.file) for piece in one.pieces]
+        )
         for i, one in enumerate(planned)
     ]
     with RejectsFile(folder.path) as rejects:
         fold = Fold(folder, works, rejects)
-        total = sum(one.bytes for one in planned)
-        with Progress("preparing", total, "B", say) as progress:
+        total = sum(one.rows for one in planned)
+        with Progress("preparing", total, "row", say) as progress:
             _Schedule(planned, folder, workers, fold, progress, retry=retry).run()
         rejects.publish()
     for entry in fold.entries:
@@ -170,7 +172,8 @@ class _Schedule:
             for task, record in self.workers.next():
                 where = self._index(task.source), task.number
                 self.ready[where] = record
-                self.progress.update(self.planned[where[0]].units[where[1]].bytes, record.read)
+                rows = self.planned[where[0]].pieces[where[1]].rows
+                self.progress.update(rows, 0 if record.part is None else record.part.bytes)
             self._put_together()
             self.progress.tell(self.fold.counts)
         self.workers.abandon()  # units beyond a limit
@@ -181,7 +184,7 @@ class _Schedule:
     def _hand_out(self) -> None:
         while self.source < len(self.planned) and self.workers.busy < self.workers.capacity:
             one = self.planned[self.source]
-            if self.unit == len(one.units):
+            if self.unit == len(one.pieces):
                 self.source, self.unit = self.source + 1, 0
                 continue
             folded = self.folded if self._current() == self.source else 0
@@ -195,7 +198,7 @@ class _Schedule:
         record = self.folder.read_record(one.source.name, number)
         if record is not None and not (self.retry and record.rejects):
             self.ready[self.source, number] = record
-            self.progress.skip(one.units[number].bytes, record.read)
+            self.progress.skip(one.pieces[number].rows)
             return
         with_keys = self.fold.needs_keys(self.fold.works[self.source])
         self.workers.submit(do_unit, one.task(self.folder, number, with_keys=with_keys))
@@ -221,8 +224,8 @@ class _Schedule:
         entry = self.fold.finish_source()
         one = self.planned[work.index]
         if self.source == work.index:
-            left = one.units[self.unit :]
-            self.progress.skip(sum(unit.bytes for unit in left), 0)
+            left = one.pieces[self.unit :]
+            self.progress.skip(sum(piece.rows for piece in left))
             self.source, self.unit = work.index + 1, 0
         self.folded = 0
         self.ready = {where: record for where, record in self.ready.items() if where[0] > work.index}

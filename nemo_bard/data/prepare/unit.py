@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,42 @@ from nemo_bard.data.prepare.filters import Filter
 from nemo_bard.data.prepare.folder import FILTERED, REJECTED, SAMPLE, OutFolder, UnitRecord, UnitRows
 from nemo_bard.data.prepared.layout import File
 from nemo_bard.data.prepared.writer import PartWriter
-from nemo_bard.data.raw import Unit, read_unit
-from nemo_bard.data.raw.unit import printable
+from nemo_bard.data.raw import Unit, open_unit, read_unit
+from nemo_bard.data.raw.unit import Rows, printable
 from nemo_bard.data.sample import RejectedError, Sample
 from nemo_bard.data.vetting import VetSettings, content_key, vet
+
+READ_ON = ("parquet",)
+"""Formats in which a row by its number costs more than the rows before it."""
 
 
 class Stopped(Exception):
     """Raised in a unit that is to be left, because the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows of a unit of raw data: all of them, or some, where each may have images in files of their own."""
+
+    unit: Unit
+    first: int
+    stop: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the unit."""
+        return self.rows == self.unit.rows
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.first
+
+    @classmethod
+    def of(cls, unit: Unit, rows: int) -> Iterator[Piece]:
+        """The pieces of a unit, in order, of at most ``rows`` rows each."""
+        for first in range(0, unit.rows, rows):
+            yield cls(unit=unit, first=first, stop=min(first + rows, unit.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +64,7 @@ class UnitTask:
     out: Path
     source: str
     number: int
-    unit: Unit
+    piece: Piece
     state: Mapping[str, int]
     """Size and time of its file, as planned."""
     layout: str
@@ -113,7 +143,7 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
 
 def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Iterator[Sample]:
     """The samples of a unit; what becomes of each row goes into ``found``."""
-    file = Path(task.unit.file)
+    file = Path(task.piece.unit.file)
     root_dir = Path(task.root_dir or (file if file.is_dir() else file.parent))
     stem = printable(file.name)
     for row, raw in _rows(task):
@@ -148,25 +178,48 @@ def _own_id(raw: Mapping[str, Any]) -> str | None:
 
 def _rows(task: UnitTask) -> Iterator[tuple[int, Any]]:
     """The rows of the file; what the system refuses is told with the file's name."""
-    rows = iter(read_unit(task.unit))
+    rows = read_piece(task.piece)
     while True:
         try:
             row = next(rows, None)
-        except OSError as error:
-            why = error.strerror or one_line(error)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else None
             raise ValueError(
-                f"source {task.source}: {task.unit.file} cannot be read any more ({why}); when it is there again, the same"
-                " command goes on"
+                f"source {task.source}: {printable(task.piece.unit.file)} cannot be read any more"
+                f" ({why or one_line(error)}); when it is there again, the same command goes on"
             ) from error
         if row is None:
             return
         yield row
 
 
+def read_piece(piece: Piece) -> Iterator[tuple[int, Any]]:
+    """Read rows, with their numbers in the file; what cannot be read is a ``RejectedError`` in its place."""
+    unit = piece.unit
+    if piece.whole or unit.format in READ_ON:
+        yield from islice(read_unit(unit), piece.first, piece.stop)
+        return
+    rows = _opened(unit)
+    for number in range(piece.first, piece.stop):
+        try:
+            row: Any = rows[number]
+        except RejectedError as error:
+            row = error
+        yield unit.start + number, row
+
+
+@lru_cache(maxsize=1)
+def _opened(unit: Unit) -> Rows:
+    """A unit whose pieces this process reads, one after the other."""
+    return open_unit(unit)
+
+
 def _check_state(task: UnitTask) -> None:
     try:
-        same = file_state(task.unit.file) == task.state
+        same = file_state(task.piece.unit.file) == task.state
     except OSError:
         same = False
     if not same:
-        raise ValueError(f"source {task.source}: {task.unit.file} was changed while it was read; use another OUT")
+        raise ValueError(
+            f"source {task.source}: {printable(task.piece.unit.file)} was changed while it was read; use another OUT"
+        )

@@ -68,6 +68,11 @@ class PreparedDataset:
     def measured_index(self) -> None:
         """All samples of the sources, in order."""
 
+    def identity(self) -> dict[str, str]:
+        """What the samples and their order depend on: the sources, and the rows of each."""
+        names = ", ".join(source.entry.name for source in self.sources)
+        return {"sources": names, **{f"rows of {one.entry.name}": one.entry.digest[:16] for one in self.sources}}
+
     @staticmethod
     def input_files(path: str, **_: Any) -> dict[str, Path]:
         """The manifest, whose digest stands for all files."""

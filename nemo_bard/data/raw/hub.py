@@ -19,6 +19,8 @@ def is_hub_name(path: str | os.PathLike[str]) -> bool:
     text = str(path)
     if not _NAME.fullmatch(text) or glob.has_magic(text) or os.path.lexists(text):
         return False
+    if os.path.isdir(text.partition("/")[0]):  # a folder of that name is here: a path whose end is wrong
+        return False
     return not text.startswith(".") and os.path.splitext(text)[1].lower() not in FORMATS
 
 

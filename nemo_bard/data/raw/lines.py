@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemo_bard.base.errors import one_line, short
-from nemo_bard.data.jsonl import load_json
+from nemo_bard.data.json_text import load_json
 from nemo_bard.data.raw.unit import UNIT_BYTES, ByteRows, Row, Unit
 from nemo_bard.data.sample import RejectedError
 

@@ -18,8 +18,8 @@ from nemo_bard.data.raw.find import find_units, open_unit, read_unit
 from nemo_bard.data.raw.unit import Row, Rows, Unit, printable
 from nemo_bard.data.sample import Record, RejectedError
 
-OPEN_UNITS = 8
-"""Units that a process keeps open."""
+OPEN_UNITS, OPEN_TABLES = 8, 2
+"""Units that a process keeps open, and those of Parquet files, each of which keeps a row group in memory."""
 _LOOK_AT = 100
 """Rows of a unit that are looked at for one that tells the layout."""
 
@@ -141,6 +141,6 @@ class RawSource:
             self._open.move_to_end(unit)
         else:
             self._open[unit] = open_unit(self.units[unit])
-            if len(self._open) > OPEN_UNITS:
+            if len(self._open) > (OPEN_TABLES if self.units[unit].format == "parquet" else OPEN_UNITS):
                 self._open.popitem(last=False)[1].close()
         return self._open[unit], index - int(self._edges[unit])

@@ -74,9 +74,9 @@ def _lines(survey: Survey) -> dict[str, dict[str, np.ndarray]]:
     """Distributions by the name of a line."""
     by_draws = sorted(survey.sources, key=lambda one: -one.draws.samples)
     own = by_draws if len(by_draws) <= MOST_LINES else by_draws[: MOST_LINES - 1]
-    lines = {one.source.name: distributions(survey, one) for one in own}
+    lines = {one.source.name: distributions(survey, one) for one in own if len(one.measured.glances)}
     if rest := by_draws[len(own) :]:
-        found = [distributions(survey, one) for one in rest]
+        found = [distributions(survey, one) for one in rest if len(one.measured.glances)]
         titles = dict.fromkeys(title for of_source in found for title in of_source)
         name = f"{len(rest)} others"
         lines[name] = {title: np.concatenate([f[title] for f in found if title in f]) for title in titles}
