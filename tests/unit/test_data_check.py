@@ -218,6 +218,9 @@ def test_a_terminal_does_not_act_on_what_files_say(tmp_path, capsys):
 
 def test_a_folder_that_is_being_prepared_is_no_data(tmp_path, capsys):
     write_prepared(tmp_path, {"a": [sample("one")]})
+    for command in ("check", "show"):
+        assert main(["data", command, str(tmp_path / "a")]) == 2
+        assert "is a source of a prepared folder" in capsys.readouterr().err
     (tmp_path / MANIFEST).unlink()
     (tmp_path / ".prepare").mkdir()
     for command in ("check", "show"):

@@ -19,7 +19,7 @@ from nemo_bard.data.prepared.layout import is_prepared, read_manifest
 from nemo_bard.data.ranks import deal_out
 from nemo_bard.data.readers import open_dataset
 from nemo_bard.data.rejects import ERRORS
-from nemo_bard.data.survey.sources import refuse_unfinished
+from nemo_bard.data.survey.sources import refuse_parts
 
 
 class Task(Protocol):
@@ -65,7 +65,7 @@ def check(
         RunError: If a process is gone.
     """
     path = Path(data)
-    refuse_unfinished(path)
+    refuse_parts(path)
     if is_prepared(path):
         return check_prepared(path, whole=whole, rows=rows, seed=seed, jobs=jobs)
     if path.exists() or glob.has_magic(data):
