@@ -80,6 +80,16 @@ class SampleSizes:
     def __len__(self) -> int:
         return len(self.response_edges) - 1
 
+    def part(self, start: int, end: int) -> SampleSizes:
+        """The samples of a range."""
+        responses, media = (edges[start : end + 1] for edges in (self.response_edges, self.media_edges))
+        return SampleSizes(
+            response_edges=responses - responses[0],
+            responses=self.responses[responses[0] : responses[-1]],
+            media_edges=media - media[0],
+            media=self.media[media[0] : media[-1]],
+        )
+
     def has_unknown(self) -> bool:
         """Whether there is a sample that could not be measured."""
         return bool((self.responses[:, 1] >= UNKNOWN_LENGTH).any())

@@ -35,7 +35,7 @@ class Packs:
     edges: np.ndarray
     """``[rows + 1]`` int64: row ``i`` holds ``members[edges[i] : edges[i + 1]]``, at least one."""
     members: np.ndarray
-    """Sample indices, ``[samples]`` int64; each sample once."""
+    """Sample indices, ``[samples]`` int32 or int64; each sample once."""
 
     def __len__(self) -> int:
         return len(self.edges) - 1
@@ -90,39 +90,41 @@ def plan_packs(
             f" {lengths.min()}"
         )
     assert lengths[fits].max() <= max_length
-    order = np.flatnonzero(fits)
-    if shuffle:
-        order = np.random.default_rng(seed).permutation(order)
-    members: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    waiting = order[:0]
-    for start in tqdm(range(0, len(order), window), desc="packing", unit="window", disable=None, delay=2):
-        taken = np.concatenate([waiting, order[start : start + window]])
-        is_last = start + window >= len(order)
+    order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else None
+    members = np.empty(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
+    sizes: list[np.ndarray] = []
+    filled = 0
+    waiting = others = np.empty(0, dtype=np.int64)
+    for start in tqdm(range(0, len(lengths), window), desc="packing", unit="window", disable=None, delay=2):
+        end = min(start + window, len(lengths))
+        new = np.arange(start, end) if order is None else order[start:end]
+        taken, others = np.concatenate([waiting, new[fits[new]]]), np.concatenate([others, new[~fits[new]]])
+        if not len(taken):
+            continue
         row_of = pack_window(
-            lengths[taken], vision_tokens[taken], max_length, leave_over=not is_last, waited=len(waiting)
+            lengths[taken], vision_tokens[taken], max_length, leave_over=end < len(lengths), waited=len(waiting)
         )
         waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
-        if mix_rows and len(row_of):
-            row_of = np.random.default_rng([seed, start]).permutation(row_of.max() + 1)[row_of]
-        members.append(taken[np.argsort(row_of, kind="stable")])
-        counts.append(np.bincount(row_of))
-    sizes = np.concatenate(counts)
-    packs = Packs(edges=_edges(sizes[sizes > 0]), members=np.concatenate(members))
-    return packs if fits.all() else _with_others(packs, np.flatnonzero(~fits))
+        if len(taken):
+            dice = np.random.default_rng([seed, start]) if mix_rows else None
+            there, counts = _rows_of(taken, row_of, others, dice)
+            members[filled : filled + len(there)] = there
+            sizes.append(counts)
+            filled, others = filled + len(there), others[:0]
+    members[filled:] = others
+    sizes[-1][-1] += len(others)
+    return Packs(edges=np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64), members=members)
 
 
-def _with_others(packs: Packs, others: np.ndarray) -> Packs:
-    """Deal samples out evenly among the rows."""
-    rows = np.arange(len(others)) * len(packs) // len(others)
-    sizes = np.diff(packs.edges)
-    row_of = np.concatenate([np.repeat(np.arange(len(packs)), sizes), rows])
-    members = np.concatenate([packs.members, others])[np.argsort(row_of, kind="stable")]
-    return Packs(edges=_edges(sizes + np.bincount(rows, minlength=len(packs))), members=members)
-
-
-def _edges(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+def _rows_of(
+    samples: np.ndarray, row_of: np.ndarray, others: np.ndarray, dice: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, ``others`` dealt out evenly among them, and how many each row has."""
+    used, row_of = np.unique(row_of, return_inverse=True)
+    if dice is not None:
+        row_of = dice.permutation(len(used))[row_of]
+    row_of = np.concatenate([row_of, np.arange(len(others)) * len(used) // max(len(others), 1)])
+    return np.concatenate([samples, others])[np.argsort(row_of, kind="stable")], np.bincount(row_of)
 
 
 class PackedDataset:
@@ -142,8 +144,9 @@ class PackedDataset:
 
     def identity(self) -> dict[str, str]:
         """What the rows depend on: the data set's own identity, and which samples share a row."""
-        digest = hashlib.sha256(self.packs.edges.tobytes() + self.packs.members.tobytes()).hexdigest()
-        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest[:16]}"}
+        digest = hashlib.sha256(memoryview(self.packs.edges))
+        digest.update(memoryview(self.packs.members))
+        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest.hexdigest()[:16]}"}
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         """Return the samples of a row.

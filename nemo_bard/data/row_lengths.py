@@ -17,13 +17,16 @@ from nemo_bard.data.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+_CHUNK = 2**18
+"""Samples whose rows are counted at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowLengths:
     """What packing needs to know of the samples of a data set."""
 
     lengths: np.ndarray
-    """Tokens of every sample's training row, ``[n]`` int64 or int32."""
+    """Tokens of every sample's training row, ``[n]`` int32."""
     vision_tokens: np.ndarray
     """Vision tokens among them, likewise."""
     file: Path | None
@@ -33,8 +36,13 @@ class RowLengths:
     def of(cls, sizes: SampleSizes, collator: BlockDiffusionCollator, file: Path | None) -> RowLengths:
         """What a collator will make of samples of known sizes."""
         block, options = collator.block_size, collator.options
-        lengths = sizes.row_lengths(block, turns=collator.turns, options=options)
-        return cls(lengths=lengths, vision_tokens=sizes.vision_tokens(block, options=options), file=file)
+        lengths, vision = (np.empty(len(sizes), dtype=np.int32) for _ in range(2))
+        for start in range(0, len(sizes), _CHUNK):
+            part, end = sizes.part(start, start + _CHUNK), start + _CHUNK
+            own = part.row_lengths(block, turns=collator.turns, options=options)
+            lengths[start:end] = np.minimum(own, np.iinfo(np.int32).max)  # of unknown length, with their noisy copies
+            vision[start:end] = part.vision_tokens(block, options=options)
+        return cls(lengths=lengths, vision_tokens=vision, file=file)
 
 
 def measured_rows(
@@ -48,9 +56,9 @@ def measured_rows(
 ) -> RowLengths:
     """``lengths.measured_once``, for the rows of a collator.
 
-    A data set with ``measured_parts()`` is made of sources of a prepared folder, or, where ``measured_index()`` is not
-    None, repeats samples of them: each source is measured once, and its lengths are kept in its own folder, or in
-    ``cache_dir`` if that cannot be written.
+    A data set with ``measured_parts()`` is made of samples of sources of a prepared folder, and ``of_samples`` says which:
+    each source is measured once, and its lengths are kept in its own folder, or in ``cache_dir`` if that cannot be
+    written.
 
     Args:
         dataset: See ``lengths.measured_once``.
@@ -75,9 +83,10 @@ def measured_rows(
     ranks = ranks or Ranks()
     of_part = _of_part(collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
     parts = [of_part(part) for part in dataset.measured_parts()]
-    lengths, vision = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "vision_tokens"))
-    if (index := dataset.measured_index()) is not None:
-        lengths, vision = lengths[index], vision[index]
+    lengths, vision = (
+        dataset.of_samples(np.concatenate([getattr(part, name) for part in parts]))
+        for name in ("lengths", "vision_tokens")
+    )
     return RowLengths(lengths=lengths, vision_tokens=vision, file=dataset.path)
 
 
@@ -111,7 +120,7 @@ def _of_part(
         for path in (source.folder / name, cache_dir / name):
             sizes = kept_sizes(path, len(source))
             if sizes is not None and (drop_bad or not sizes.has_unknown()):
-                return _compact(RowLengths.of(sizes, collator, path))
+                return RowLengths.of(sizes, collator, path)
         return None
 
     def of_part(source: Any) -> RowLengths:
@@ -121,16 +130,9 @@ def _of_part(
         name = lengths_name(source.fingerprint(), collator, processor=processor)
         path = ranks.on_first(lambda: _write(sizes, (source.folder, cache_dir), name), "writing measured lengths")
         logger.info("lengths of %d samples of %s written to %s", len(sizes), source.entry.name, path)
-        return _compact(RowLengths.of(sizes, collator, path))
+        return RowLengths.of(sizes, collator, path)
 
     return of_part
-
-
-def _compact(rows: RowLengths) -> RowLengths:
-    """Half the memory; no length is beyond ``UNKNOWN_LENGTH`` and its noisy copies."""
-    most = np.iinfo(np.int32).max
-    lengths = np.minimum(rows.lengths, most).astype(np.int32)
-    return RowLengths(lengths=lengths, vision_tokens=rows.vision_tokens.astype(np.int32), file=rows.file)
 
 
 def _write(sizes: SampleSizes, folders: tuple[Path, ...], name: str) -> Path:

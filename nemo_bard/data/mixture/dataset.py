@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from nemo_bard.data.mixture.shares import Shares, read_shares
 from nemo_bard.data.prepared.layout import MANIFEST, Manifest, load_manifest
 from nemo_bard.data.prepared.source import PreparedSource
 
-logger = logging.getLogger(__name__)
+_CHUNK = 2**18
+"""Draws that are worked on at once."""
 
 
 class MixtureDataset:
@@ -132,15 +132,17 @@ class MixtureDataset:
         }
 
     def measured_parts(self) -> list[PreparedSource]:
-        """Data sets whose samples this one repeats; ``measured_index`` says which."""
+        """Data sets whose samples this one repeats, see ``of_samples``."""
         return self.sources
 
-    def measured_index(self) -> np.ndarray:
-        """Place of every sample among those of ``measured_parts``, one part after the other, ``[samples]`` int64."""
-        rows = self._draws % self._num_rows
-        number = self._source_of(rows)
-        starts = np.cumsum([0, *(len(source) for source in self.sources)])[:-1]
-        return rows + (starts - self._firsts)[number]
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """From a value of every sample of ``measured_parts``, one part after the other, to those of the samples here."""
+        shift = np.cumsum([0, *(len(source) for source in self.sources)])[:-1] - self._firsts
+        found = np.empty(len(self), dtype=values.dtype)
+        for start in range(0, len(self), _CHUNK):
+            rows = self._draws[start : start + _CHUNK] % self._num_rows
+            found[start : start + _CHUNK] = values[rows + shift[self._source_of(rows)]]
+        return found
 
     def draws_per_source(self) -> dict[str, int]:
         """How many of the samples are of each source."""
@@ -161,16 +163,14 @@ class MixtureDataset:
     def _draw(self) -> np.ndarray:
         """``repetition * rows of the folder + row in the folder`` of every draw, ``[samples]`` int64."""
         source_of = blend(self.shares.weights, self.shares.samples)
-        by_source = np.argsort(source_of, kind="stable")
         draws = np.empty(self.shares.samples, dtype=np.int64)
-        counts = np.bincount(source_of, minlength=len(self.sources)).tolist()
-        start = 0
-        for source, first, count in zip(self.sources, self._firsts.tolist(), counts, strict=True):
-            for repetition in range(-(-count // len(source))):
-                rows = permutation(len(source), self.seed, source.entry.name, repetition)
-                taken = by_source[start : start + min(len(source), count - repetition * len(source))]
-                draws[taken] = repetition * self._num_rows + first + rows[: len(taken)]
-                start += len(taken)
+        for number, (source, first) in enumerate(zip(self.sources, self._firsts.tolist(), strict=True)):
+            places = np.flatnonzero(source_of == number)
+            for repetition, start in enumerate(range(0, len(places), len(source))):
+                taken = places[start : start + len(source)]
+                rows = permutation(len(source), self.seed, source.entry.name, repetition)[: len(taken)]
+                rows += repetition * self._num_rows + first
+                draws[taken] = rows
         return draws
 
 
@@ -189,5 +189,9 @@ def permutation(size: int, seed: int, name: str, repetition: int) -> np.ndarray:
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     key = np.array([int.from_bytes(digest[:8], "little"), repetition], dtype=np.uint64)
     low = np.uint64((1 << size.bit_length()) - 1)
-    numbered = np.random.Philox(key=key).random_raw(size) & ~low | np.arange(size, dtype=np.uint64)
-    return (np.sort(numbered) & low).astype(np.int64)
+    numbered = np.random.Philox(key=key).random_raw(size)
+    numbered &= ~low
+    numbered |= np.arange(size, dtype=np.uint64)
+    numbered.sort()
+    numbered &= low
+    return numbered.view(np.int64)

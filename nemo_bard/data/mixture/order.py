@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_SOURCES = 2**16 - 1
-_CHUNK = 2**16
+_CHUNK = 2**17
+"""Places that are planned at once."""
 _SLACK = 1e-6
 """Added to ``c``, so that rounding closes no window; ``c`` stays below 1 for as many sources as there may be."""
 
@@ -36,46 +37,60 @@ def blend(weights: Sequence[float], samples: int) -> np.ndarray:
     if len(weights) == 1:
         return np.zeros(samples, dtype=np.uint16)
     total = math.fsum(weights)
-    opens, keys = _windows([weight / total for weight in weights], samples)
-    return _earliest_first(np.bincount(opens, minlength=samples)[:samples], keys, len(weights))
+    windows = _Windows([weight / total for weight in weights])
+    source_of = np.empty(samples, dtype=np.uint16)
+    open_keys: list[int] = []
+    for start in range(0, samples, _CHUNK):
+        end = min(start + _CHUNK, samples)
+        opens, keys = windows.until(end)
+        taken = _earliest_first(np.bincount(opens - start, minlength=end - start), keys, open_keys)
+        source_of[start:end] = taken % len(weights)
+    return source_of
 
 
-def _windows(shares: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """First place of every draw, ascending, and ``last place * sources + source``, which sorts draws by their deadline."""
-    sources = len(shares)
-    bound = 1 - 1 / (2 * sources - 2) + _SLACK
-    opens, keys = [], []
-    for source, share in enumerate(shares):
-        draw = np.arange(1, math.floor(samples * share + bound) + 1, dtype=np.float64)
-        opens.append(np.maximum(np.ceil((draw - bound) / share) - 1, 0).astype(np.int64))
-        keys.append(np.floor((draw - 1 + bound) / share).astype(np.int64) * sources + source)
-    first, key = np.concatenate(opens), np.concatenate(keys)
-    order = np.argsort(first, kind="stable")
-    return first[order], key[order]
+class _Windows:
+    """The places at which each draw of each source may come.
+
+    Args:
+        shares: Of the sources, with the sum 1.
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self.shares, self.following = shares, [1] * len(shares)
+        self.bound = 1 - 1 / (2 * len(shares) - 2) + _SLACK
+
+    def until(self, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """First places before ``end`` of draws that were not asked for yet, ascending, and the draws' keys.
+
+        A key is ``last place * sources + source``, which sorts draws by their deadline.
+        """
+        opens, keys = [], []
+        for source, share in enumerate(self.shares):
+            draw = np.arange(self.following[source], math.floor(end * share + self.bound) + 2, dtype=np.float64)
+            first = np.maximum(np.ceil((draw - self.bound) / share) - 1, 0)
+            draw, first = draw[first < end], first[first < end]
+            self.following[source] += len(draw)
+            opens.append(first.astype(np.int64))
+            keys.append(np.floor((draw - 1 + self.bound) / share).astype(np.int64) * len(self.shares) + source)
+        joined = np.concatenate(opens)
+        order = np.argsort(joined, kind="stable")
+        return joined[order], np.concatenate(keys)[order]
 
 
-def _earliest_first(arrivals: np.ndarray, keys: np.ndarray, sources: int) -> np.ndarray:
-    """The source of the smallest key that is open, place by place.
+def _earliest_first(arrivals: np.ndarray, keys: np.ndarray, open_keys: list[int]) -> np.ndarray:
+    """The smallest key that is open, place by place.
 
     Args:
         arrivals: How many of ``keys`` open at each place.
         keys: In the order in which they open.
-        sources: How many there are.
+        open_keys: A heap of those that are open already; what is open at the end stays in it.
     """
-    source_of = np.empty(len(arrivals), dtype=np.uint16)
     push, pop, push_pop = heapq.heappush, heapq.heappop, heapq.heappushpop
-    open_keys: list[int] = []
-    start = 0
-    for place in range(0, len(arrivals), _CHUNK):
-        counts = arrivals[place : place + _CHUNK]
-        end = start + int(counts.sum())
-        following = iter(keys[start:end].tolist()).__next__
-        start = end
-        taken = []
-        for count in counts.tolist():
-            if count > 1:
-                for _ in range(count - 1):
-                    push(open_keys, following())
-            taken.append(push_pop(open_keys, following()) if count else pop(open_keys))
-        source_of[place : place + len(taken)] = np.array(taken) % sources
-    return source_of
+    following = iter(keys.tolist()).__next__
+    taken = []
+    for count in arrivals.tolist():
+        if count > 1:
+            for _ in range(count - 1):
+                push(open_keys, following())
+        taken.append(push_pop(open_keys, following()) if count else pop(open_keys))
+    return np.array(taken)
