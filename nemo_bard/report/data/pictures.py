@@ -50,7 +50,8 @@ def draw_histograms(survey: Survey, shades: Shades = LIGHT) -> bytes:
         raise ValueError("pictures need matplotlib, which is not installed (pip install nemo-bard[demo])") from error
 
     lines = _lines(survey)
-    titles = [title for title in dict.fromkeys(t for found in lines.values() for t in found) if _differs(lines, title)]
+    everything = list(dict.fromkeys(title for found in lines.values() for title in found))
+    titles = [title for title in everything if _differs(lines, title)] or everything
     rows = max(-(-len(titles) // 2), 1)
     figure = Figure(figsize=(10.8, 2.9 * rows), layout="constrained", facecolor=shades.paper)
     FigureCanvasAgg(figure)
