@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -126,7 +126,7 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
     folder, found = OutFolder(task.out), _Rows()
     path = folder.part(task.source, task.number)
     folder.forget_unit(task.source, task.number)
-    with ExitStack() as stack:
+    with _naming(path), ExitStack() as stack:
         part: PartWriter | None = None
         for number, sample in enumerate(_samples(task, found, stopped), 1):
             if part is None:
@@ -139,6 +139,17 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
     record = UnitRecord(part=written, read=len(found.rows), rejects=found.rejects)
     folder.write_unit(task.source, task.number, record, found.arrays())
     return record
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of the system the name of the part, where they have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Iterator[Sample]:
