@@ -167,6 +167,16 @@ def test_too_many_rejects_end_it_and_a_higher_ratio_goes_on(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "a").iterdir()} == parts
 
 
+def test_a_hopeless_source_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_bard.data.prepare.fold.HOPELESS", 2)
+    write_source(tmp_path / "in", [[row(f"{i}-{j}", answer="") for j in range(5)] for i in range(4)])
+    with pytest.raises(ValueError, match="5 of 5 rows cannot be used"):
+        prepare(
+            write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/*.jsonl", "max_reject_ratio": 0.2}}), tmp_path / "o"
+        )
+    assert len(rejects(tmp_path / "o")) == 5
+
+
 def test_retry_reads_rejected_rows_again(tmp_path):
     write_source(tmp_path / "in", [[row("1"), row("2", image="late.png")], [row("3")]])
     mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/*.jsonl"}})
