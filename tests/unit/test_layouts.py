@@ -131,6 +131,9 @@ def test_llava_with_several_images_and_videos():
         videos=["c.mp4"],
         id="1",
     )
+    talk[0]["value"] = "<image>\nWhat happens?"  # sets of videos write it where the video goes
+    record = plain(lay_out("llava", {"video": "c.mp4", "conversations": talk}))
+    assert record == expected(messages=[user("<video>\nWhat happens?"), assistant("No.")], videos=["c.mp4"])
     with pytest.raises(RejectedError, match="a video must be a path, got 3") as caught:
         lay_out("llava", {"video": [3], "conversations": talk})
     assert caught.value.kind == "layout"
@@ -214,6 +217,11 @@ def test_archives(tmp_path):
         ("shard/001.img0.jpg", RED),
         ("002.PNG", BLUE),
         ("002.txt", "A blue picture.\n"),
+        ("002b.jpg", RED),
+        ("002b.json", {"url": "u", "width": 8}),
+        ("002b.txt", "Red."),
+        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["img0"]}),
+        ("002c.img0.jpg", RED),
         ("003.json", {"texts": [{"user": "Hi", "assistant": "Hello"}], "images": None}),
     ]
     write_tar(tmp_path / "00000.tar", members)
@@ -227,8 +235,27 @@ def test_archives(tmp_path):
             id="shard/001",
         ),
         expected(messages=[user(CAPTION_PROMPT), assistant("A blue picture.")], images=[BLUE], id="002"),
+        expected(
+            messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[RED], id="002b", facts={"url": "u", "width": 8}
+        ),
+        expected(messages=[user("<image>\nA?"), assistant("a"), user("B?"), assistant("b")], images=[RED], id="002c"),
         expected(messages=[user("Hi"), assistant("Hello")], id="003"),
     ]
+
+
+def test_images_of_an_archive_go_by_number_and_as_listed(tmp_path):
+    data = {number: picture(size=(8 + number, 6)) for number in (0, 1, 2, 10)}
+    talk = {"messages": [user("<image>" * 4), assistant("x")]}
+    pictures = [(f"img{number}.jpg", data[number]) for number in (0, 1, 10, 2)]  # as sorted by name
+    members = [("a.json", talk), *((f"a.{end}", value) for end, value in pictures)]
+    listed = {**talk, "images": ["img2", "img10.jpg", "b.img0.jpg", "img1.jpg"]}
+    members += [("b.json", listed), *((f"b.{end}", value) for end, value in pictures)]
+    renamed = {**talk, "images": ["coco/3.jpg", "coco/2.jpg", "coco/1.jpg", "coco/0.jpg"]}
+    members += [("c.json", renamed), *((f"c.{end}", value) for end, value in pictures)]
+    write_tar(tmp_path / "a.tar", members)
+    _, found = records(tmp_path / "a.tar")
+    orders = [[next(number for number in data if data[number] == one) for one in record.images] for record in found]
+    assert orders == [[0, 1, 2, 10], [2, 10, 0, 1], [0, 1, 2, 10]]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +334,16 @@ def test_folders_of_images(tmp_path):
     assert (caught.value.kind, source.where(2)) == ("missing_text", str(tmp_path / "sub/c.png"))
 
 
+def test_metadata_of_images_in_any_layout(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(RED)
+    talk = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
+    write_rows(tmp_path / "metadata.jsonl", [{"image": ["a.jpg", "b.jpg"], **talk}, {"file_name": "c.jpg", **talk}])
+    name, found = records(tmp_path)
+    assert name == "llava"
+    assert [record.images for record in found] == [("a.jpg", "b.jpg"), (str(tmp_path / "c.jpg"),)]
+
+
 def test_messages_from_lines_and_tables(tmp_path):
     part = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     row = {"id": "q", "messages": [{"role": "user", "content": part}], "images": ["a.jpg"], "level": 3}
@@ -350,6 +387,7 @@ def test_a_layout_that_does_not_fit(tmp_path):
         ValueError, match="columns found a, b; wanted messages: messages; webdataset: __key__; .*captions: image or"
     ):
         detect({"a": 1, "b": 2})
+    assert [detect({"texts": value}) for value in (None, 3, {"a": 1}, "x", [])] == ["finevision"] * 5
     with pytest.raises(ValueError, match="layout must be one of messages, .* got 'lava' .did you mean 'llava'"):
         check_columns("lava", [])
     table = write_rows(tmp_path / "a.parquet", [{"image": "a.jpg", "caption": "x"}])

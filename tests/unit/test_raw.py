@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import tarfile
 import tracemalloc
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -194,6 +196,17 @@ def test_members_out_of_place(tmp_path, monkeypatch):
         assert (len(found), found[2][1].kind, "two places" in str(found[2][1])) == (3, "bad_member", True)
 
 
+def test_links_in_archives_are_no_files(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("a.txt", tarfile.REGTYPE), ("a.jpg", tarfile.LNKTYPE), ("b.txt", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "b.txt"
+            archive.addfile(info)
+    found = read_all(tmp_path / "a.tar")
+    assert [str(found[0][1]), found[0][1].kind] == ["a.jpg is no file, a link perhaps", "bad_member"]
+    assert found[1:] == [(1, {"__key__": "b", "txt": ""})]
+
+
 def test_long_names_in_archives(tmp_path, monkeypatch):
     names = [f"{'folder' * 30}/{i}/{'n' * 90}.txt" for i in range(5)]
     write_tar(tmp_path / "a.tar", [(name, name[:3]) for name in names])
@@ -304,9 +317,7 @@ def test_patterns_links_and_names_that_are_no_text(tmp_path):
 def test_what_holds_no_data_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "run.py").write_text("x")
-    with pytest.raises(
-        ValueError, match="holds no data: found 1 .txt, 1 .py; wanted .jsonl, .*or images|found 1 .py, 1 .txt"
-    ):
+    with pytest.raises(ValueError, match="holds no data: found 1 .py, 1 .txt; wanted .jsonl, .*or images"):
         find_units(tmp_path)
     with pytest.raises(ValueError, match=r"notes.txt: the name of a data file must end in .jsonl"):
         find_units(tmp_path / "notes.txt")
@@ -327,6 +338,13 @@ def test_what_holds_no_data_is_named(tmp_path):
         find_units(tmp_path / "out")
 
 
+def test_a_wrong_path_is_no_hub_name(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^data/none does not exist$"):
+        find_units("data/none")
+
+
 def test_hub_names_without_a_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
@@ -334,6 +352,40 @@ def test_hub_names_without_a_network(monkeypatch):
     ) as caught:
         find_units("no-such-owner/no-such-set:one")
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_a_hub_name(tmp_path, monkeypatch):
+    """The files of the configuration and split alone are fetched; the hub itself is a stand-in."""
+    urls = {
+        "train": ["charts/train-00000-of-00002.parquet", "charts/train-00001-of-00002.parquet"],
+        "rl": ["rl.parquet"],
+    }
+    for number, name in enumerate(one for names in urls.values() for one in names):
+        write_rows(tmp_path / name, [{"n": number}])
+    fetched = []
+
+    def load_dataset_builder(repository, config):
+        assert (repository, config) == ("owner/set", "charts")
+        return SimpleNamespace(config=SimpleNamespace(data_files=urls))
+
+    def resolve_path(self, url):
+        return SimpleNamespace(repo_id="owner/set", path_in_repo=url, revision="abc")
+
+    def hf_hub_download(repository, name, *, repo_type, revision):
+        assert (repository, repo_type, revision) == ("owner/set", "dataset", "abc")
+        fetched.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", resolve_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    with pytest.raises(ValueError, match="owner/set:charts holds the splits train, rl: set split to one, or to all"):
+        find_units("owner/set:charts")
+    with pytest.raises(ValueError, match="owner/set:charts: split must be one of train, rl, all, got 'test'"):
+        find_units("owner/set:charts", split="test")
+    assert fetched == []
+    assert [one["n"] for _, one in read_all("owner/set:charts", split="train")] == [0, 1]
+    assert fetched == urls["train"]
 
 
 def in_a_child(source, indices, queue):
@@ -387,5 +439,22 @@ def test_images_alone_and_images_beside_a_list(tmp_path):
     assert [one for _, one in read_all(tmp_path)] == [
         {"file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
     ]
+    for folder in ("train2017", "val2017"):  # of images, which a list names, the splits do not matter
+        (tmp_path / "images" / folder).mkdir()
+        (tmp_path / "images" / folder / "b.jpg").write_bytes(picture())
     write_rows(tmp_path / "list.json", [{"image": "images/a.jpg"}])
     assert [one for _, one in read_all(tmp_path)] == [{"image": "images/a.jpg"}]
+
+
+def test_splits_of_images(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jpg").write_bytes(picture())
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.jpg,{split}\n")
+    with pytest.raises(ValueError, match="holds the splits test, train"):
+        find_units(tmp_path)
+    assert [one["text"] for _, one in read_all(tmp_path, split="test")] == ["test"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.jpg,x\n")
+    with pytest.raises(ValueError, match=r"metadata.csv describes images of all splits: put a table into the folder"):
+        find_units(tmp_path, split="test")
+    assert len(read_all(tmp_path, split="all")) == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_bard.base.errors import short
@@ -34,10 +36,9 @@ def messages(row: Mapping[str, Any]) -> Record:
 @layout(IMAGES, CAPTIONS)
 def captions(row: Mapping[str, Any]) -> Record:
     """A table of images and captions, also with a ``prompt`` or ``question``; a null image stays null."""
-    prompt = one_of(row, PROMPTS)
     image = one_of(row, IMAGES)
     return Record(
-        messages=_captioned(CAPTION_PROMPT if prompt is None else prompt, one_of(row, CAPTIONS), "the row"),
+        messages=_captioned(one_of(row, PROMPTS), one_of(row, CAPTIONS), "the row"),
         images=images([None] if image is None else image),
         id=name(row.get("id")),
         facts=facts(row, ("id", *IMAGES, *CAPTIONS, *PROMPTS)),
@@ -47,71 +48,89 @@ def captions(row: Mapping[str, Any]) -> Record:
 @layout("__key__")
 def webdataset(row: Mapping[str, Any]) -> Record:
     """A sample of an archive: images with a JSON of any of these layouts, of ``prompts`` and ``captions``, or a text."""
-    key, body = row["__key__"], row.get("json")
-    pictures = {end: value for end, value in row.items() if end.rsplit(".", 1)[-1].lower() in PICTURES}
+    key, body, text = row["__key__"], row.get("json"), one_of(row, ("txt", "caption", "text"))
+    ends = [end for end in row if end.rpartition(".")[2].lower() in PICTURES]
+    pictures = {end: row[end] for end in _by_number(ends)}
     if body is None:
-        text = one_of(row, ("txt", "caption", "text"))
-        return Record(messages=_captioned(CAPTION_PROMPT, text, f"{key}.txt"), images=list(pictures.values()), id=key)
+        return Record(messages=_captioned(None, text, f"{key}.txt"), images=list(pictures.values()), id=name(key))
     if not isinstance(body, Mapping):
         raise RejectedError("layout", f"{key}.json must hold an object, got {short(body)}")
     if isinstance(body.get("captions"), list):
         return _packed(key, body, pictures)
-    return _with_json(key, body, pictures)
+    return _with_json(key, body, pictures, text)
 
 
-def _with_json(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any]) -> Record:
-    """A sample whose JSON is a row of another layout; its images are the archive's, where it has some."""
+def _with_json(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any], text: str | None) -> Record:
+    """A sample whose JSON is a row of another layout; images and a text are the archive's, where it has some."""
     from nemo_bard.data.layouts.registry import detect, lay_out
 
-    media = ("image", "images")
-    inner = {**body, **({"image": list(pictures.values())} if pictures else {})}
+    inner = {column: value for column, value in body.items() if column != "__key__"}
+    if text is not None:
+        inner = {"text": text, **inner}
     if pictures:
-        inner.pop("images", None)
-        if "texts" in body:
-            inner["images"] = inner.pop("image")
+        inner = {column: value for column, value in inner.items() if column not in ("image", "images")}
+        column = "images" if "texts" in inner or "messages" in inner else "image"
+        inner[column] = _as_listed(key, body.get("images"), pictures)
     try:
         layout_name = detect(inner)
     except ValueError as error:
         raise RejectedError("layout", f"{key}.json: {error}") from error
     record = lay_out(layout_name, inner)
-    return Record(
-        messages=record.messages,
-        images=record.images,
-        videos=record.videos,
-        id=key if record.id is None else record.id,
-        facts={fact: value for fact, value in record.facts.items() if fact not in media},
-    )
+    return record if record.id is not None else dataclasses.replace(record, id=name(key))
 
 
 def _packed(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any]) -> Record:
-    """Several images with a prompt and a caption each, by number."""
-    texts = body["captions"]
-    prompts = body.get("prompts")
+    """Several images with a prompt and a caption each, or a list of each, by number."""
+    texts, prompts, names = body["captions"], body.get("prompts"), body.get("images")
     prompts = [CAPTION_PROMPT] * len(texts) if prompts is None else prompts
-    names = body.get("images")
     names = list(pictures) if names is None else names
-    if not isinstance(prompts, Sequence) or not isinstance(names, Sequence) or not len(prompts) == len(texts):
+    if not isinstance(prompts, list) or not isinstance(names, list) or len(prompts) != len(texts):
         raise RejectedError("layout", f"{key}.json: prompts and captions must be lists of the same length")
     if len(names) != len(texts):
         raise RejectedError("placeholders", f"{key}.json: {len(names)} images but {len(texts)} captions")
-    found = []
-    for number, (prompt, caption) in enumerate(zip(prompts, texts, strict=True)):
-        exchange = _captioned(CAPTION_PROMPT if prompt is None else prompt, caption, f"{key}.json[{number}]")
-        if "<image>" not in exchange[0]["content"]:
-            exchange[0]["content"] = f"<image>\n{exchange[0]['content']}"
-        found += exchange
+    found: list[dict[str, Any]] = []
+    for number, pair in enumerate(zip(prompts, texts, strict=True)):
+        asked, said = (value if isinstance(value, list) else [value] for value in pair)
+        if len(asked) != len(said) or not said:
+            raise RejectedError("layout", f"{key}.json[{number}]: {len(asked)} prompts but {len(said)} captions")
+        exchanges = [
+            message
+            for prompt, caption in zip(asked, said, strict=True)
+            for message in _captioned(prompt, caption, f"{key}.json[{number}]")
+        ]
+        if "<image>" not in exchanges[0]["content"]:
+            exchanges[0]["content"] = f"<image>\n{exchanges[0]['content']}"
+        found += exchanges
     return Record(
         messages=found,
         images=[_member(key, image, pictures) for image in names],
-        id=key if body.get("id") is None else str(body["id"]),
+        id=name(key if body.get("id") is None else body["id"]),
         facts=facts(body, ("captions", "prompts", "images", "id")),
     )
 
 
+def _by_number(ends: list[str]) -> list[str]:
+    """Ends that differ in one number, such as ``img2.jpg`` and ``img10.jpg``, by that number; others as they are."""
+    found = [re.fullmatch(r"(\D*)(\d+)(\D*)", end) for end in ends]
+    if not all(found) or len({(match[1], match[3]) for match in found if match}) != 1:
+        return ends
+    return sorted(ends, key=lambda end: int(re.sub(r"\D", "", end)))
+
+
+def _as_listed(key: str, listed: object, pictures: Mapping[str, Any]) -> list[Any]:
+    """The archive's images in the order in which a JSON names them, where it names all of them as members."""
+    if isinstance(listed, list) and len(listed) == len(pictures):
+        try:
+            return [_member(key, image, pictures) for image in listed]
+        except RejectedError:  # they have the names that they had before they were packed
+            pass
+    return list(pictures.values())
+
+
 def _member(key: str, image: object, pictures: Mapping[str, Any]) -> bytes:
-    """The image that a name means: the end of a member, or its whole name."""
+    """The image that a name means: the end of a member with or without its last part, or its whole name."""
     for end, data in pictures.items():
-        if image in (end, f"{key}.{end}"):
+        if image in (end, end.rpartition(".")[0], f"{key}.{end}", f"{key.rpartition('/')[2]}.{end}"):
             return data
     raise RejectedError(
         "bad_member", f"{key}.json names the image {short(image)}, found {', '.join(pictures) or 'none'}"
@@ -119,6 +138,7 @@ def _member(key: str, image: object, pictures: Mapping[str, Any]) -> bytes:
 
 
 def _captioned(prompt: object, caption: object, where: str) -> list[dict[str, Any]]:
+    prompt = CAPTION_PROMPT if prompt is None else prompt
     if isinstance(caption, list) and len(caption) == 1:
         caption = caption[0]
     if isinstance(prompt, list) and len(prompt) == 1:

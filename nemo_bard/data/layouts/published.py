@@ -21,7 +21,7 @@ SPELLINGS = {
 
 def _names_sources(row: Mapping[str, Any]) -> bool:
     texts = row["texts"]
-    return bool(texts) and isinstance(texts[0], Mapping) and "source" in texts[0]
+    return isinstance(texts, list) and bool(texts) and isinstance(texts[0], Mapping) and "source" in texts[0]
 
 
 def _is_onevision(row: Mapping[str, Any]) -> bool:
@@ -74,10 +74,19 @@ def _exchanges(texts: object) -> list[dict[str, Any]]:
 @layout("conversations")
 def llava(row: Mapping[str, Any]) -> Record:
     """LLaVA and its kin: ``id``, ``image`` and ``video`` (one, a list, or none), ``conversations`` [{from, value}]."""
+    pictures, films = images(one_of(row, ("image", "images"))), videos(one_of(row, ("video", "videos")))
+    messages = turns(row["conversations"], "conversations")
+    if films and not pictures:  # sets of videos have <image> where the video goes
+        messages = [
+            {**message, "content": message["content"].replace("<image>", "<video>")}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
     return Record(
-        messages=turns(row["conversations"], "conversations"),
-        images=images(one_of(row, ("image", "images"))),
-        videos=videos(one_of(row, ("video", "videos"))),
+        messages=messages,
+        images=pictures,
+        videos=films,
         id=name(row.get("id")),
         facts=facts(row, ("image", "images", "video", "videos", "conversations", "id")),
     )

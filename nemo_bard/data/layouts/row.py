@@ -124,8 +124,8 @@ def _is_fact(value: object) -> bool:
 
 
 def name(value: object) -> str | None:
-    """What a set calls a row, as a text; None if it does not."""
-    return None if value is None or value == "" else str(value)
+    """What a set calls a row, as a text that can be written anywhere; None if it does not."""
+    return None if value is None or value == "" else str(value).encode("utf-8", "replace").decode()
 
 
 def _part(part: object) -> Any:

@@ -13,6 +13,8 @@ from nemo_bard.data.raw.unit import UNIT_BYTES, ByteRows, Row, Unit, printable
 from nemo_bard.data.sample import RejectedError
 
 BLOCK = 512
+LINK = -1
+"""The size of a member that is no file, such as a link to another one."""
 TEXTS = ("txt", "caption", "text")
 """Ends of members that are texts."""
 
@@ -57,7 +59,7 @@ def _unit(file: str, start: int, rows: int, span: tuple[int, int], repeated: lis
 
 
 def _behind(member: Member) -> int:
-    return member.begin + -(-member.size // BLOCK) * BLOCK
+    return member.begin + -(-max(member.size, 0) // BLOCK) * BLOCK
 
 
 def _groups(file: str, begin: int, end: int | None = None) -> Iterator[list[Member]]:
@@ -83,7 +85,7 @@ def _members(file: str, begin: int, end: int | None) -> Iterator[Member]:
                     archive.members.clear()  # it keeps all of them  # pyright: ignore[reportAttributeAccessIssue]
                     if found.offset_data + found.size > size:
                         raise ValueError(f"{name} ends within its member {found.name}, it is damaged or cut off")
-                    if found.isfile() and (member := _member(found)) is not None:
+                    if not found.isdir() and (member := _member(found)) is not None:
                         yield member
             if end is None:
                 _check_end(stream, archive.offset, name)
@@ -112,7 +114,8 @@ def _member(found: tarfile.TarInfo) -> Member | None:
     if not stem or not dot:
         return None
     key = f"{folder}/{stem}".removeprefix("./") if folder else stem
-    return Member(key, end, found.offset, found.offset_data, found.size)
+    key = key.encode("utf-8", "replace").decode()
+    return Member(key, end, found.offset, found.offset_data, found.size if found.isfile() else LINK)
 
 
 class ArchiveRows(ByteRows):
@@ -127,6 +130,8 @@ class ArchiveRows(ByteRows):
         row: dict[str, Any] = {"__key__": key}
         for member in group:
             end = member.end if "." in member.end else member.end.lower()
+            if member.size == LINK:
+                raise RejectedError("bad_member", f"{key}.{end} is no file, a link perhaps")
             if end in row:
                 raise RejectedError("bad_member", f"{key}.{end} is there twice")
             row[end] = self._value(member, end)

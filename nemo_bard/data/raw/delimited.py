@@ -6,6 +6,8 @@ import csv
 from collections.abc import Iterator
 from functools import cached_property
 
+import numpy as np
+
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.raw import lines
 from nemo_bard.data.raw.unit import UNIT_BYTES, ByteRows, Row, Unit, printable
@@ -114,12 +116,17 @@ class TableRows(ByteRows):
     def __getitem__(self, number: int) -> Row:
         """Read a row."""
         begin, end = self._spans[number]
-        return self._row(next(_scan(self.unit.file, begin, end))[2])
+        return self._row(next(_scan(self.unit.file, int(begin), int(end)))[2])
 
     @cached_property
-    def _spans(self) -> list[tuple[int, int]]:
+    def _spans(self) -> np.ndarray:
+        """Begin and end of each row, ``[rows, 2]``."""
         begin, end, _ = self.unit.place
-        return [(row_begin, row_end) for row_begin, row_end, _ in _scan(self.unit.file, begin, end)]
+        spans = ((row_begin, row_end) for row_begin, row_end, _ in _scan(self.unit.file, begin, end))
+        try:
+            return np.fromiter(spans, np.dtype((np.int64, 2)), count=len(self))
+        except ValueError as error:
+            raise RejectedError("unreadable_row", "the file was changed since it was opened") from error
 
     def _row(self, found: list[str] | RejectedError) -> Row:
         if isinstance(found, RejectedError):

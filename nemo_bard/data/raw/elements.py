@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
+import numpy as np
+
 from nemo_bard.data.raw import lines
 from nemo_bard.data.raw.unit import UNIT_BYTES, ByteRows, Row, Unit, printable
 from nemo_bard.data.sample import RejectedError
@@ -119,14 +121,16 @@ class ElementRows(ByteRows):
     def __getitem__(self, number: int) -> Row:
         """Read an element."""
         begin, end = self._elements[number]
-        return lines.json_row(self.read(begin, end))
+        return lines.json_row(self.read(int(begin), int(end)))
 
     @cached_property
-    def _elements(self) -> list[tuple[int, int]]:
+    def _elements(self) -> np.ndarray:
+        """Begin and end of each row, ``[rows, 2]``."""
         begin, end = self.unit.place
         if len(self) == 1:
-            return [(begin, end)]
-        found = list(elements(self._open(), begin, end, whole=False))[: len(self)]
-        if len(found) != len(self):
-            raise RejectedError("unreadable_row", "the file was changed since it was opened")
-        return found
+            return np.array([(begin, end)])
+        found = elements(self._open(), begin, end, whole=False)
+        try:
+            return np.fromiter(found, np.dtype((np.int64, 2)), count=len(self))
+        except ValueError as error:
+            raise RejectedError("unreadable_row", "the file was changed since it was opened") from error

@@ -19,6 +19,8 @@ def is_hub_name(path: str | os.PathLike[str]) -> bool:
     text = str(path)
     if not _NAME.fullmatch(text) or glob.has_magic(text) or os.path.lexists(text):
         return False
+    if os.path.isdir(text.partition("/")[0]):  # a folder of that name is here: a path whose end is wrong
+        return False
     return not text.startswith(".") and os.path.splitext(text)[1].lower() not in FORMATS
 
 
@@ -52,7 +54,7 @@ def fetch(name: str, split: str | None) -> Found:
             hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision)
             for place in places
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if os.path.exists(repository) or isinstance(error, ValueError) and str(error).startswith(name):
             raise
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
