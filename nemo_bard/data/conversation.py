@@ -145,7 +145,7 @@ def _parse_part(
     if kind == "image_url":
         url = part.get("image_url")
         return {"type": "image", "image": media_source("image", url, root_dir)}
-    if kind not in SOURCE_KEYS:
+    if not isinstance(kind, str) or kind not in SOURCE_KEYS:
         reason = f"{where}: type must be one of text, image, image_url, video, got {short(kind)}"
         raise RejectedError("messages", reason)
     if any(part.get(key) is not None for key in SOURCE_KEYS[kind]):

@@ -138,7 +138,7 @@ def shrink(data: bytes, max_pixels: int | None, *, name: str = _BYTES) -> tuple[
     if max_pixels is None or image.width * image.height <= max_pixels:
         return data, image.size
     size = shrunk_size(*image.size, max_pixels)
-    small = Image.fromarray(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))  # without the old one's metadata
+    small = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     if form in _LOSSY and not transparent:
         small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
@@ -174,7 +174,7 @@ def shrunk_size(width: int, height: int, max_pixels: int) -> Size:
 
 
 def _stream_of(path: Path) -> IO[bytes]:
-    name = _clipped(str(path))
+    name = clipped(str(path))
     try:
         if not path.is_file():
             raise RejectedError("missing_image", f"image file {name} does not exist")
@@ -199,7 +199,7 @@ def _decode(data: bytes, name: str) -> _Decoded:
 @contextlib.contextmanager
 def _opened(stream: IO[bytes], name: str) -> Iterator[Image.Image]:
     """Open and check a header; whatever goes wrong inside becomes a ``RejectedError``."""
-    name = _clipped(name)
+    name = clipped(name)
     try:
         if not stream.read(1):
             raise RejectedError("empty_image", f"image {name} cannot be read (it has 0 bytes)")
@@ -301,7 +301,7 @@ def _has_late_text(stream: IO[bytes]) -> bool:
     return False
 
 
-def _clipped(name: str) -> str:
+def clipped(name: str) -> str:
     """A name that fits on a line; what is taken for a path may be anything."""
     name = name.encode("unicode_escape").decode() if not name.isprintable() else name
     return name if len(name) <= 300 else f"{name[:297]}..."

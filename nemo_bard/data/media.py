@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from nemo_bard.base.errors import short
-from nemo_bard.data.images import SizeOnly, image_size, read_bytes, read_image
+from nemo_bard.data.images import SizeOnly, clipped, image_size, read_bytes, read_image
 from nemo_bard.data.sample import RejectedError
 
 SOURCE_KEYS = {"image": ("image", "path", "url", "bytes", "base64"), "video": ("video", "path", "url")}
@@ -73,8 +73,14 @@ class MediaSource:
         """Raise ``RejectedError`` unless the file exists and, for an image, its header can be read."""
         if self.kind == "image":
             self.open_image(header_only=True)
-        elif self.path is None or not self.path.is_file():
-            raise RejectedError("missing_video", f"video file {self.path} does not exist")
+            return
+        name = clipped(str(self.path))
+        try:
+            found = self.path is not None and self.path.is_file()
+        except OSError as error:
+            raise RejectedError("unreadable_video", f"video file {name} cannot be read ({error.strerror})") from error
+        if not found:
+            raise RejectedError("missing_video", f"video file {name} does not exist")
 
 
 def media_source(kind: str, entry: object, root_dir: Path) -> MediaSource:

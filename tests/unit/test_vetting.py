@@ -127,6 +127,7 @@ TURNS = [
     ("messages", record(user=5)),
     ("messages", record(user="what?", answer="<image>")),
     ("messages", record(user=[{"type": "audio"}], images=[])),
+    ("messages", record(user=[{"type": ["image"]}], images=[])),
     ("reserved_token", record(user="<image><|im_end|>")),
     ("reserved_token", record(answer="it is <|image_pad|>")),
     ("bad_text", record(answer="red\0")),
@@ -142,6 +143,9 @@ TURNS = [
     ("missing_image", record(["https://example.com/a.png"])),
     ("corrupt_image", record([{"base64": "@@@"}])),
     ("missing_video", record([], user="<video>what?", videos=["no.mp4"])),
+    ("missing_video", record([], user="<video>what?", videos=[None])),
+    ("unreadable_video", record([], user="<video>what?", videos=["v" * 5000])),
+    ("unreadable_image", record(["i" * 5000])),
 ]
 
 
