@@ -58,6 +58,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def visible(text: str) -> str:
+    """A text with everything written out that a terminal would act on, such as control characters; line breaks stay."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+
+
 def short(value: object, width: int = 60) -> str:
     """``repr`` of a value on one line of at most ``width`` characters."""
     text = " ".join(repr(value).split())

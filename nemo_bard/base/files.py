@@ -31,18 +31,23 @@ def write_json(path: Path, value: object, *, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text as UTF-8; arguments as ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file beside ``path`` and rename it.
 
     Args:
         path: The file; its folder is made if needed.
-        text: What it is to hold.
+        content: What it is to hold.
         durable: Wait until it is on the disk. Without, a crash of the machine may leave the old file, or an empty one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             if durable:
                 _sync(file.fileno())

@@ -9,6 +9,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nemo_bard.base.errors import visible
 from nemo_bard.base.settings import add_flags, given_flags
 from nemo_bard.generation.parameters import STRATEGIES, setting_fields, strategy_fields
 
@@ -69,7 +70,7 @@ def follow_strategies(
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, ``--device``, ``--dtype``, and report wrong words as every other error: in one line."""
-    parser.error = _raise_error
+    parser.error = raise_error
     parser.add_argument("--model", required=True, metavar="DIR", type=Path, help="checkpoint folder")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
     parser.add_argument(
@@ -77,7 +78,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _raise_error(message: str) -> NoReturn:
+def raise_error(message: str) -> NoReturn:
+    """What a parser calls for wrong words, in place of printing its usage: the command line shows one line."""
     raise ValueError(message)
 
 
@@ -101,6 +103,12 @@ def read_generation_config(
     file = folder / "generation_config.json"
     saved = BardGenerationConfig.from_pretrained(folder) if file.is_file() else None
     return BardGenerationConfig.from_generation_config(saved).updated(**overrides)
+
+
+def write_out(text: str) -> None:
+    """Write what may come from files of others: nothing in it is acted on, whatever the terminal can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
         "DigitsDataset": "digits",
         "JsonlDataset": "jsonl",
         "MediaSource": "media",
+        "MixtureDataset": "mixture.dataset",
         "PackedDataset": "packing",
         "PreparedDataset": "prepared.dataset",
         "RowsDataset": "rows",

@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.base.errors import one_line
-from nemo_bard.data.checks import check_samples
 from nemo_bard.data.conversation import media_of, open_media, parse_record
 from nemo_bard.data.json_text import load_json
 
@@ -53,6 +52,8 @@ class JsonlDataset:
         if len(self) == 0:
             raise ValueError(f"data set file {self.path} holds no line")
         if validate:
+            from nemo_bard.data.checks import check_samples  # workers of `data prepare` read JSON without torch
+
             check_samples(self, self.path.name)
 
     def __len__(self) -> int:
@@ -98,7 +99,7 @@ class JsonlDataset:
             for index in np.linspace(0, len(self) - 1, min(len(self), _TOLD_APART), dtype=np.int64):
                 file.seek(int(self._bounds[index]))
                 digest.update(file.read(int(self._bounds[index + 1] - self._bounds[index])))
-        return {"dataset": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
+        return {"content": f"{len(self)} lines, {self._bounds[-1]} bytes, {digest.hexdigest()[:16]}"}
 
     def line_bytes(self) -> np.ndarray:
         """Size of every line, ``[n]`` int64: what can be known of lengths without reading samples."""

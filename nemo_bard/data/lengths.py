@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ class SampleSizes:
 
     def __len__(self) -> int:
         return len(self.response_edges) - 1
+
+    def part(self, start: int, end: int) -> SampleSizes:
+        """The samples of a range."""
+        responses, media = (edges[start : end + 1] for edges in (self.response_edges, self.media_edges))
+        return SampleSizes(
+            response_edges=responses - responses[0],
+            responses=self.responses[responses[0] : responses[-1]],
+            media_edges=media - media[0],
+            media=self.media[media[0] : media[-1]],
+        )
 
     def has_unknown(self) -> bool:
         """Whether there is a sample that could not be measured."""
@@ -236,7 +247,7 @@ def measured_once(
         return measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks), None
     doing = "reading measured lengths"
     path = ranks.on_first(lambda: cache_dir / lengths_name(dataset.fingerprint(), collator), doing)
-    sizes = ranks.on_first(lambda: _kept_sizes(path, len(dataset)), doing)
+    sizes = ranks.on_first(lambda: kept_sizes(path, len(dataset)), doing)
     if sizes is not None and (drop_bad or not sizes.has_unknown()):
         return sizes, path
     sizes = measure(dataset, collator, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
@@ -245,17 +256,12 @@ def measured_once(
     return sizes, path
 
 
-def lengths_name(fingerprint: str, collator: BlockDiffusionCollator) -> str:
-    """Name of the file that holds the sizes of a data set's samples.
+def kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
+    """What a file of lengths holds, None if there is none.
 
-    Args:
-        fingerprint: The data set's.
-        collator: What measured, or will measure, them.
+    Raises:
+        ValueError: If it cannot be read, or holds another number of samples.
     """
-    return f"lengths-{_key(fingerprint, collator)}.npz"
-
-
-def _kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
     if not path.is_file():
         return None
     sizes = SampleSizes.load(path)
@@ -264,19 +270,33 @@ def _kept_sizes(path: Path, num_samples: int) -> SampleSizes | None:
     return sizes
 
 
-def _key(fingerprint: str, collator: BlockDiffusionCollator) -> str:
-    """Digest of all that an outline depends on."""
+def lengths_name(fingerprint: str, collator: BlockDiffusionCollator, *, processor: str | None = None) -> str:
+    """Name of the file that holds the sizes of a data set's samples.
+
+    Args:
+        fingerprint: The data set's.
+        collator: What measured, or will measure, them.
+        processor: Its ``processor_digest``, for who asks for many names.
+    """
+    return f"lengths-{_digest((FORMAT, fingerprint, processor or processor_digest(collator)))[:16]}.npz"
+
+
+def processor_digest(collator: BlockDiffusionCollator) -> str:
+    """Digest of all that an outline depends on besides the sample."""
     processor, config = collator.processor, collator.config
-    parts = [
-        FORMAT,
-        fingerprint,
-        json.dumps(processor.chat_template, sort_keys=True),
-        processor.tokenizer.backend_tokenizer.to_str(),
-        *(getattr(processor, name).to_json_string() for name in ("image_processor", "video_processor")),
-        config.assistant_header_ids,
-        config.end_ids,
-        config.image_token_id,
-        config.video_token_id,
-        vision_section(config).spatial_merge_size,
-    ]
-    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]
+    return _digest(
+        (
+            json.dumps(processor.chat_template, sort_keys=True),
+            processor.tokenizer.backend_tokenizer.to_str(),
+            *(getattr(processor, name).to_json_string() for name in ("image_processor", "video_processor")),
+            config.assistant_header_ids,
+            config.end_ids,
+            config.image_token_id,
+            config.video_token_id,
+            vision_section(config).spatial_merge_size,
+        )
+    )
+
+
+def _digest(parts: Iterable[object]) -> str:
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()

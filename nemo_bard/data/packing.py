@@ -16,16 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_bard.data.collate import BlockDiffusionCollator
-from nemo_bard.data.lengths import UNKNOWN_LENGTH, measured_once
+from nemo_bard.data.lengths import UNKNOWN_LENGTH
 from nemo_bard.data.ranks import Ranks
+from nemo_bard.data.row_lengths import measured_rows
 from nemo_bard.data.stream import identity_of, is_ordered
+from nemo_bard.data.windows import pack_window
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 4096
 """Samples that are packed together: enough for full rows, few enough that long and short samples stay mixed."""
-VISION_WEIGHT = 3.0
-"""How much more than by its length a row is chosen by its vision tokens, for a sample that has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Packs:
     edges: np.ndarray
     """``[rows + 1]`` int64: row ``i`` holds ``members[edges[i] : edges[i + 1]]``, at least one."""
     members: np.ndarray
-    """Sample indices, ``[samples]`` int64; each sample once."""
+    """Sample indices, ``[samples]`` int32 or int64; each sample once."""
 
     def __len__(self) -> int:
         return len(self.edges) - 1
@@ -56,14 +56,14 @@ def plan_packs(
     fits: np.ndarray | None = None,
     seed: int = 0,
     shuffle: bool = True,
+    mix_rows: bool = False,
     window: int = WINDOW,
 ) -> Packs:
     """Distribute samples over rows of at most ``max_length`` tokens.
 
-    The samples, shuffled, are taken a window at a time, with as many rows as they fill. The longest first, a sample goes
-    to the row with the smallest share of tokens (and, if it has any, of vision tokens) that has room; what fits nowhere
-    waits for the next window. A row without vision tokens keeps one token free, because a batch without images
-    ends in a hidden image token.
+    The samples, shuffled, are taken a window at a time, with as many rows as they fill; see ``windows.pack_window``. What
+    fits nowhere waits for the next window. A row without vision tokens keeps one token free, because a batch without
+    images ends in a hidden image token.
 
     Args:
         lengths: Tokens of each sample's training row, noisy copies included, ``[n]`` int.
@@ -73,10 +73,12 @@ def plan_packs(
             which the collator drops and counts, are dealt out among the rows.
         seed: Seed of the shuffle.
         shuffle: Shuffle before packing; without, rows follow the order of the samples from window to window.
+        mix_rows: Shuffle the rows of each window among themselves; without, those with the longest samples come first.
         window: Samples that are packed together.
 
     Returns:
-        The rows, a pure function of the arguments; every sample is in exactly one.
+        The rows, a pure function of the arguments; every sample is in exactly one. Without ``shuffle``, more samples
+        give the same rows up to the last window.
 
     Raises:
         ValueError: If no sample fits into a row.
@@ -88,50 +90,41 @@ def plan_packs(
             f" {lengths.min()}"
         )
     assert lengths[fits].max() <= max_length
-    order = np.flatnonzero(fits)
-    if shuffle:
-        order = np.random.default_rng(seed).permutation(order)
-    rows: list[list[int]] = []
-    waiting = order[:0]
-    for start in tqdm(range(0, len(order), window), desc="packing", unit="window", disable=None, delay=2):
-        taken = np.concatenate([waiting, order[start : start + window]])
-        is_last = start + window >= len(order)
-        packed, waiting = _pack(taken, lengths, vision_tokens, max_length, leave_over=not is_last)
-        rows += packed
-    for number, sample in enumerate(np.flatnonzero(~fits).tolist()):
-        rows[number % len(rows)].append(sample)
-    edges = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return Packs(edges=edges, members=np.array([sample for row in rows for sample in row], dtype=np.int64))
+    order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else None
+    members = np.empty(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
+    sizes: list[np.ndarray] = []
+    filled = 0
+    waiting = others = np.empty(0, dtype=np.int64)
+    for start in tqdm(range(0, len(lengths), window), desc="packing", unit="window", disable=None, delay=2):
+        end = min(start + window, len(lengths))
+        new = np.arange(start, end) if order is None else order[start:end]
+        taken, others = np.concatenate([waiting, new[fits[new]]]), np.concatenate([others, new[~fits[new]]])
+        if not len(taken):
+            continue
+        row_of = pack_window(
+            lengths[taken], vision_tokens[taken], max_length, leave_over=end < len(lengths), waited=len(waiting)
+        )
+        waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
+        if len(taken):
+            dice = np.random.default_rng([seed, start]) if mix_rows else None
+            there, counts = _rows_of(taken, row_of, others, dice)
+            members[filled : filled + len(there)] = there
+            sizes.append(counts)
+            filled, others = filled + len(there), others[:0]
+    members[filled:] = others
+    sizes[-1][-1] += len(others)
+    return Packs(edges=np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64), members=members)
 
 
-def _pack(
-    samples: np.ndarray, lengths: np.ndarray, vision_tokens: np.ndarray, max_length: int, *, leave_over: bool
-) -> tuple[list[list[int]], np.ndarray]:
-    """Pack one window: its rows, and samples left over."""
-    total = int(lengths[samples].sum())
-    number = max(total // max_length if leave_over else -(-total // max_length), 1)
-    room = np.full(number, max_length, dtype=np.int64)
-    vision = np.zeros(number, dtype=np.int64)
-    rows: list[list[int]] = [[] for _ in range(number)]
-    vision_share = max(int(vision_tokens[samples].sum()) / number, 1.0)
-    left: list[int] = []
-    for sample in samples[np.argsort(-lengths[samples], kind="stable")].tolist():
-        length, seen = int(lengths[sample]), int(vision_tokens[sample])
-        load = -room / max_length + (VISION_WEIGHT / vision_share * vision if seen else 0.0)
-        needed = length if seen else length + (vision == 0)
-        load = np.where(room >= needed, load, np.inf)
-        row = int(load.argmin())
-        if np.isinf(load[row]):
-            if leave_over and length < max_length:
-                left.append(sample)
-                continue
-            row = len(rows)
-            room, vision = np.append(room, max_length), np.append(vision, 0)
-            rows.append([])
-        rows[row].append(sample)
-        room[row] -= length
-        vision[row] += seen
-    return [row for row in rows if row], np.array(left, dtype=np.int64)
+def _rows_of(
+    samples: np.ndarray, row_of: np.ndarray, others: np.ndarray, dice: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, ``others`` dealt out evenly among them, and how many each row has."""
+    used, row_of = np.unique(row_of, return_inverse=True)
+    if dice is not None:
+        row_of = dice.permutation(len(used))[row_of]
+    row_of = np.concatenate([row_of, np.arange(len(others)) * len(used) // max(len(others), 1)])
+    return np.concatenate([samples, others])[np.argsort(row_of, kind="stable")], np.bincount(row_of)
 
 
 class PackedDataset:
@@ -151,8 +144,9 @@ class PackedDataset:
 
     def identity(self) -> dict[str, str]:
         """What the rows depend on: the data set's own identity, and which samples share a row."""
-        digest = hashlib.sha256(self.packs.edges.tobytes() + self.packs.members.tobytes()).hexdigest()
-        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest[:16]}"}
+        digest = hashlib.sha256(memoryview(self.packs.edges))
+        digest.update(memoryview(self.packs.members))
+        return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest.hexdigest()[:16]}"}
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         """Return the samples of a row.
@@ -183,7 +177,7 @@ def pack_dataset(
         collator: What will lay the samples out; ``max_row_length`` is that of the rows.
         cache_dir: See ``lengths.measured_once``.
         seed: See ``plan_packs``.
-        shuffle: See ``plan_packs``.
+        shuffle: See ``plan_packs``; a data set that is ``ordered`` is packed in its order all the same.
         num_workers: Processes that measure.
         ranks: See ``lengths.measure``.
         drop_bad: Deal samples that cannot be measured out among the rows, as too long ones, instead of raising.
@@ -194,10 +188,8 @@ def pack_dataset(
     Raises:
         ValueError: If a sample cannot be trained on, none fits, or one is too long with ``overlong: error``.
     """
-    sizes, path = measured_once(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
-    block, options = collator.block_size, collator.options
-    lengths = sizes.row_lengths(block, turns=collator.turns, options=options)
-    vision = sizes.vision_tokens(block, options=options)
+    measured = measured_rows(dataset, collator, cache_dir, num_workers=num_workers, drop_bad=drop_bad, ranks=ranks)
+    lengths, vision, path = measured.lengths, measured.vision_tokens, measured.file
     collator.lengths_file = path
     unknown = lengths >= UNKNOWN_LENGTH
     overlong = np.flatnonzero((lengths > collator.max_length) & ~unknown)
@@ -208,7 +200,16 @@ def pack_dataset(
             f" so do {len(overlong) - 1} others; raise max_length or set collate_fn.overlong: drop"
         )
     fits = lengths <= collator.max_length
-    packs = plan_packs(lengths, vision, collator.max_row_length, fits=fits, seed=seed, shuffle=shuffle)
+    ordered = is_ordered(dataset)
+    packs = plan_packs(
+        lengths,
+        vision,
+        collator.max_row_length,
+        fits=fits,
+        seed=seed,
+        shuffle=shuffle and not ordered,
+        mix_rows=ordered,
+    )
     filled, seen = packs.sums(lengths * fits), packs.sums(vision * fits)
     logger.info(
         "packing: %d samples in %d rows of at most %d tokens, %.1f %% of them real; vision tokens per row %.0f +- %.0f;"

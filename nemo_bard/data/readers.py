@@ -2,9 +2,10 @@
 
 A reader is anything that can be called and returns a sized, map-style data set. An item is ``{"conversation",
 "sample_index", ...}`` as in ``nemo_bard.data.conversation``. A data set may have ``fingerprint()`` (a text that changes with
-its samples: lengths are measured once), ``peek(index)`` (an item whose images need to know their ``size`` only),
-``describe(index)`` (``source`` and ``id`` for the list of rejected samples) and ``score`` (how answers are compared). A
-reader may have ``input_files(**settings)``, which names the files that it will read.
+its samples: lengths are measured once), ``identity()`` (what a run that goes on has to find again, see
+``data.stream.identity_of``), ``ordered`` (true: nobody shuffles it), ``peek(index)`` (an item whose images need to know their
+``size`` only), ``describe(index)`` (``source`` and ``id`` for the list of rejected samples) and ``score`` (how answers are
+compared). A reader may have ``input_files(**settings)``, which names the files that it will read.
 
 All ranks of a recipe open their data sets at the same time, so that opening has to be quick: a data set that checks its
 samples has ``check(index)`` and calls ``data.checks.check_samples`` at its end, which a recipe deals out over its ranks.

@@ -90,9 +90,12 @@ def identity_of(dataset: Any) -> dict[str, str]:
 
     Args:
         dataset: Sized. Its ``identity()`` says it; without, its ``fingerprint()``; else its class and size count.
+
+    Returns:
+        Texts by name; names are what users call things, below ``dataset``.
     """
     if hasattr(dataset, "identity"):
         return {str(name): str(text) for name, text in dataset.identity().items()}
     kind = type(dataset)
     own = dataset.fingerprint() if hasattr(dataset, "fingerprint") else f"{kind.__module__}.{kind.__qualname__}"
-    return {"dataset": own, "samples": str(len(dataset))}
+    return {"content": own, "samples": str(len(dataset))}

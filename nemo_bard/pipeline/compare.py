@@ -127,7 +127,7 @@ def finished(stage: Stage, job: Job) -> dict[str, Any] | None:
 
 def completed(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """What a stage was made from, with the defaults of settings that did not exist then."""
-    full, compared = dict(config), stage.compared()
+    full, compared = stage.comparable(config), stage.compared()
     for one in dataclasses.fields(stage.settings):
         if one.name in compared and one.name not in full:
             if one.default is not dataclasses.MISSING:

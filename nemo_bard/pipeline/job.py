@@ -139,6 +139,14 @@ class Stage:
         common = {one.name for one in dataclasses.fields(FollowingSettings)}
         return {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in common}
 
+    def split(self, processes: int) -> dict[str, int]:
+        """What ``started.json`` says of how the work is split; may change when a stage goes on, see ``check_goes_on``."""
+        return {"processes": processes}
+
+    def comparable(self, compared: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``compared`` of an earlier version said, without what no longer counts."""
+        return dict(compared)
+
     def shown(self) -> dict[str, Any]:
         """What ``--cfg`` prints of it."""
         return {"kind": self.kind, "inputs": self.inputs, **self.compared()}
@@ -152,6 +160,13 @@ class Stage:
         return ", ".join([self.kind, *(f"from {value}" for use, value in self.inputs.items() if use == "init")])
 
     # ------------------ checks ------------------
+    def check_goes_on(self, begun: Mapping[str, Any], processes: int) -> None:
+        """Check that the stage can go on in so many processes; ``begun`` is its ``started.json``.
+
+        Raises:
+            ValueError: Names what must not change.
+        """
+
     def check_inputs(self, job: Job) -> None:
         """Check, quickly, that what it reads is there.
 

@@ -157,7 +157,11 @@ class RecipeStage(Stage):
 
     def compared(self) -> dict[str, Any]:
         """The recipe without what only changes how it runs."""
-        recipe = translate(self.recipe)
+        return self.comparable({"recipe": translate(self.recipe)})
+
+    def comparable(self, compared: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out what only changes how a recipe runs, which earlier versions may have compared."""
+        recipe = copy.deepcopy(compared["recipe"])
         for dotted in NOT_COMPARED:
             *parents, leaf = dotted.split(".")
             node: Any = recipe
@@ -165,7 +169,7 @@ class RecipeStage(Stage):
                 node = node.get(name) or {}
             if isinstance(node, dict):
                 node.pop(leaf, None)
-        return {"recipe": recipe}
+        return {**compared, "recipe": recipe}
 
     def shown(self) -> dict[str, Any]:
         """The final recipe."""
@@ -247,6 +251,26 @@ class RecipeStage(Stage):
                     recipe_class.validate_config(raw)
         except ValueError as error:
             raise ValueError(f"stage {self.name}: {error}") from error
+
+    def check_goes_on(self, begun: Mapping[str, Any], processes: int) -> None:
+        """Check that processes and local batch are the same, for a recipe whose loader keeps a count per process.
+
+        Raises:
+            ValueError: Names both numbers.
+        """
+        if getattr(load_recipe_class(self.recipe_path, translate(self.recipe)), "any_ranks", False):
+            return
+        now = self.split(processes)
+        for what, before in begun.items():
+            if what in now and before != now[what]:
+                raise ValueError(
+                    f"stage {self.name} was begun with {what}={before}, now it is {now[what]}; its recipe,"
+                    f" {self.recipe['recipe']}, would go on at another place of its data: set it back, or delete {self.folder}"
+                )
+
+    def split(self, processes: int) -> dict[str, int]:
+        """How a global batch is split."""
+        return {**super().split(processes), "local_batch_size": self.recipe["step_scheduler"]["local_batch_size"]}
 
     def check_processes(self, processes: int) -> None:
         """Check that local batches on all processes make up the global one, and that the processes can have replicas."""

@@ -203,7 +203,8 @@ class Pipeline:
         now = compare.ingredients(stage, self.job, old or self._known)
         if old is not None and manifest.newest_checkpoint(stage.checkpoints)[0] is not None:
             compare.check_same(stage, self.job, old, now, "begun")
-        started = {**now, "processes": self.world.size}
+            stage.check_goes_on(old, self.world.size)
+        started = {**now, **stage.split(self.world.size)}
         write_json(stage.folder / manifest.STARTED, started)
         stage.begin()
         return started

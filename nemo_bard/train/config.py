@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from nemo_bard.base.names import MODEL_TYPE
 from nemo_bard.base.registry import import_dotted
 from nemo_bard.base.settings import check_keys
 from nemo_bard.cost.sharding import check_replicas, node_replicas
+from nemo_bard.data.readers import find_reader
 from nemo_bard.data.rejects import check_on_bad_sample
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, SWDObjective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
@@ -226,9 +228,22 @@ def _check_dataset(name: str, section: object) -> None:
             required = parameters[key].default is inspect.Parameter.empty
             if required and section.get(key) is None:
                 raise ValueError(f"{name}.{key} must be set, got {section.get(key)!r}")
-    path = section.get("path")
-    if isinstance(path, str) and not Path(path).exists():
-        raise ValueError(f"{name}.path: {path} does not exist")
+    spec = section.get("spec")
+    key, path = ("spec", _path_of(spec)) if isinstance(spec, (str, Mapping)) else ("path", section.get("path"))
+    if isinstance(path, str) and not Path(path).exists() and not glob.has_magic(path):
+        raise ValueError(f"{name}.{key}: {path} does not exist")
+    if callable(check := getattr(target, "check_settings", None)):
+        settings = {key: value for key, value in section.items() if key not in ("_target_", "chat_template")}
+        try:
+            check(**settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _path_of(spec: str | Mapping[str, Any]) -> Any:
+    """The path that ``open_dataset`` will read, None if it reads none."""
+    reader, words, settings = find_reader(spec)
+    return {**dict(zip(inspect.signature(reader).parameters, words, strict=False)), **settings}.get("path")
 
 
 def _check_packing(raw: Mapping[str, Any]) -> None:

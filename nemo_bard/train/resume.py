@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from nemo_automodel.components.training.rng import init_all_rng
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 STREAM = "data_stream"
 """File of a checkpoint, and attribute of a recipe, that says what the stream of samples depends on."""
+LONGEST = 100
+"""Characters of a value in an error."""
 RNG = "rng"
 """Folder and attribute of the random states."""
 KEYS = {
@@ -61,7 +63,7 @@ class DataStream:
             return
         first, *others = differing
         before, now = (one.get(first, "nothing") for one in (state, self.identity))
-        more = f" (and so {'do' if len(others) > 1 else 'does'} {', '.join(others)})" if others else ""
+        more = f" (and so {'do' if len(others) > 1 else 'does'} {_one_line(', '.join(others))})" if others else ""
         raise ValueError(
             f"{first} differs from that of the checkpoint's run{more}: {_one_line(before)} then, {_one_line(now)} now; samples"
             " or noise of the next steps would be others: set it back, or start anew in another checkpoint.checkpoint_dir"
@@ -71,6 +73,8 @@ class DataStream:
 class ResumedTraining(ValidatedTraining):
     """The part of a recipe that goes on from a checkpoint; a subclass sets the attributes up."""
 
+    any_ranks: ClassVar[bool] = True
+    """It goes on at other numbers of ranks and with other local batches."""
     data_stream: DataStream
     """What this run's samples depend on."""
     _restored: bool = False
@@ -100,7 +104,8 @@ class ResumedTraining(ValidatedTraining):
             ValueError: If the checkpoint's run had another stream of samples.
         """
         self.untrack_state("dataloader", STREAM, RNG)
-        self.data_stream = DataStream(settings_of(self.cfg.get) | identity_of(self.dataloader.dataset))
+        dataset = {f"dataset.{name}": text for name, text in identity_of(self.dataloader.dataset).items()}
+        self.data_stream = DataStream(settings_of(self.cfg.get) | dataset)
         self.untrack_state(STREAM)
         super().load_checkpoint(restore_from)
         self.data_stream, self.rng = self.data_stream, self.rng  # tracked again: saved with every checkpoint
@@ -168,7 +173,11 @@ class ResumedTraining(ValidatedTraining):
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """A text on one line; of a long one the beginning, and a digest that tells it from others."""
+    text = " ".join(text.split())
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def settings_of(get: Callable[[str, Any], Any]) -> dict[str, str]:

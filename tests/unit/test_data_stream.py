@@ -1,6 +1,8 @@
 """The stream of samples: a function of the step, whatever the ranks, local batches and loader workers; refused if another."""
 
 import functools
+import json
+import os
 from itertools import chain
 from types import SimpleNamespace
 
@@ -11,11 +13,14 @@ import yaml
 from nemo_automodel.components.datasets.vlm.loader import VlmCollatorConfig
 from nemo_automodel.components.training.rng import StatefulRNG
 from nemo_automodel.components.training.step_scheduler import StepScheduler
+from prepared_folder import sample, write_prepared
 
 from nemo_bard.data.chosen import ChosenSamples
 from nemo_bard.data.digits import DigitsDataset
 from nemo_bard.data.jsonl import JsonlDataset
 from nemo_bard.data.packing import PackedDataset, Packs
+from nemo_bard.data.prepared.dataset import PreparedDataset
+from nemo_bard.data.rows import RowsDataset
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered
 from nemo_bard.train.resume import DataStream, ResumedTraining, _reader_of
 from nemo_bard.upstream.recipe import OpenedDataloaderConfig
@@ -161,12 +166,17 @@ def test_a_large_data_set_is_dealt_out_without_lists_of_it():
 
 
 # ------------------ what it depends on ------------------
+def prepared_of(folder, sources):
+    write_prepared(folder, sources)
+    return PreparedDataset(folder)
+
+
 def test_identity_of_data_sets(tmp_path):
     file = tmp_path / "a.jsonl"
     lines = ['{"messages": [{"role": "user", "content": "%d"}]}\n' % number for number in range(600)]  # noqa: UP031
     file.write_text("".join(lines))
     first = identity_of(JsonlDataset(file, validate=False))
-    assert first["dataset"].startswith("600 lines, ")
+    assert first["content"].startswith("600 lines, ")
     (tmp_path / "elsewhere").mkdir()
     moved = file.rename(tmp_path / "elsewhere" / "b.jsonl")
     assert identity_of(JsonlDataset(moved, validate=False)) == first, "the file may move"
@@ -174,17 +184,35 @@ def test_identity_of_data_sets(tmp_path):
     moved.write_text("".join([*lines[:-1], lines[-1].replace("599", "598")]))
     assert identity_of(JsonlDataset(moved, validate=False)) != first
     digits = DigitsDataset("train", 5)
-    assert identity_of(digits) == {"dataset": digits.fingerprint(), "samples": "5"}
-    assert identity_of([1, 2]) == {"dataset": "builtins.list", "samples": "2"}
+    assert identity_of(digits) == {"content": digits.fingerprint(), "samples": "5"}
+    assert identity_of([1, 2]) == {"content": "builtins.list", "samples": "2"}
     chosen = [identity_of(ChosenSamples(digits, indices)) for indices in ([1, 2], [2, 1])]
-    assert chosen[0].keys() == {"dataset", "samples", "chosen"}
+    assert chosen[0].keys() == {"content", "samples", "chosen"}
     assert chosen[0] != chosen[1]
     rows = [
         identity_of(PackedDataset(digits, Packs(edges=np.array(edges), members=np.arange(5))))
         for edges in ([0, 2, 5], [0, 3, 5])
     ]
-    assert rows[0].keys() == {"dataset", "samples", "packed rows"}
+    assert rows[0].keys() == {"content", "samples", "packed rows"}
     assert rows[0] != rows[1]
+    raw = tmp_path / "raw.json"
+    rows_of = [
+        {"conversations": [{"from": "human", "value": str(one)}, {"from": "gpt", "value": "a"}]} for one in (1, 2)
+    ]
+    raw.write_text(json.dumps(rows_of))
+    before = identity_of(RowsDataset(raw, validate=False))
+    assert before["content"].startswith("2 rows, layout llava, ")
+    os.utime(raw, (1, 1))
+    assert identity_of(RowsDataset(raw, validate=False)) == before
+    raw.write_text(json.dumps(rows_of).replace("2", "3"))
+    assert identity_of(RowsDataset(raw, validate=False)) != before
+    sources = {"a": [sample("1")], "b": [sample("2", answer="Another.")]}
+    prepared = identity_of(prepared_of(tmp_path / "prepared", sources))
+    assert prepared.keys() == {"sources", "rows of a", "rows of b"}
+    assert prepared["sources"] == "a, b"
+    sources["b"] = [sample("2", answer="One more.")]
+    changed = identity_of(prepared_of(tmp_path / "changed", sources))
+    assert {name for name in changed if changed[name] != prepared[name]} == {"rows of b"}
     own = SimpleNamespace(identity=lambda: {"weights": "1 2", "samples": 7})
     assert identity_of(own) == {"weights": "1 2", "samples": "7"}
 
@@ -207,6 +235,8 @@ def test_another_stream_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said) as caught:
         DataStream({**old, **changes}).load_state_dict(old)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"dataset differs .*: a{100}\.\.\. \(\w{8}\) then, a now; "):
+        DataStream(old).load_state_dict({**old, "dataset": "a" * 5000})
     with pytest.raises(ValueError, match="packing .*: x then, nothing now"):
         DataStream(old).load_state_dict({**old, "packing": "x"})
 
@@ -280,7 +310,10 @@ def test_epoch_and_place_follow_from_the_step(go_on, tmp_path, step, stored, epo
             {"config": {**CONFIG, "dataloader": {"drop_last": True}}},
             "dataloader.drop_last differs .*: False then, True now",
         ),
-        ({"dataset": Numbers(44)}, r"dataset differs .* \(and so does samples\): numbers 43 then, numbers 44 now; "),
+        (
+            {"dataset": Numbers(44)},
+            r"dataset.content differs .* \(and so does dataset.samples\): numbers 43 then, numbers 44 now; ",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_stream_is_refused(go_on, tmp_path, changes, said):

@@ -359,9 +359,39 @@ def test_a_begun_stage_goes_on_with_other_processes_and_local_batches(undisturbe
     assert run("stage.a.local_batch_size=1") == 0
     assert StubRecipe.trained[:4] == [(4, 0), (4, 1), (4, 2), (4, 2)], "from the checkpoint on"
     assert weights() == undisturbed
-    assert json.loads(file.read_text())["processes"] == 1
+    started = json.loads(file.read_text())
+    assert (started["processes"], started["local_batch_size"]) == (1, 1)
     with pytest.raises(ValueError, match="stage a was finished with step_scheduler.global_batch_size=4, now it is 8"):
         run("stage.a.global_batch_size=8")
+
+
+def test_a_recipe_that_counts_per_process_goes_on_with_as_many(chain, monkeypatch):
+    monkeypatch.setattr(StubRecipe, "any_ranks", False)
+    StubRecipe.events = {(4, 3, "step"): "kill"}
+    with pytest.raises(KilledError):
+        run()
+    with pytest.raises(
+        ValueError, match="stage a was begun with local_batch_size=2, now it is 1; its recipe, .*StubRecipe, "
+    ):
+        run("stage.a.local_batch_size=1")
+    file = Path("runs/stub/a/started.json")
+    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="stage a was begun with processes=2, now it is 1; its recipe, "):
+        run()
+    file.write_text(file.read_text().replace('"processes": 2', '"processes": 1'))
+    assert run() == 0
+
+
+def test_a_local_batch_that_an_earlier_version_compared_is_not_compared(chain):
+    assert run() == 0
+    file = Path("runs/stub/a/manifest.json")
+    record = json.loads(file.read_text())
+    assert "local_batch_size" not in record["config"]["recipe"]["step_scheduler"]
+    record["config"]["recipe"]["step_scheduler"]["local_batch_size"] = 4
+    file.write_text(json.dumps(record))
+    StubRecipe.trained.clear()
+    assert run() == 0
+    assert StubRecipe.trained == []
 
 
 def test_stages_one_by_one_give_the_same_files(undisturbed):

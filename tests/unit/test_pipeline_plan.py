@@ -121,7 +121,7 @@ def test_every_shipped_file_is_used_by_a_composition():
         "data/rows.yaml",
         *(f"pipeline/{name}.yaml" for name in (*PUBLISHED, "bard_tiny")),
         *(f"model/{name}.yaml" for name in ("tiny", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b")),
-        *(f"data/{name}.yaml" for name in ("jsonl", "digits")),
+        *(f"data/{name}.yaml" for name in ("jsonl", "digits", "mixture")),
         *(f"stage/{name}.yaml" for name in ("tiny", "source", "convert", "pbm", "swd")),
         *(path.relative_to(conf_dir()).as_posix() for path in (conf_dir() / "launch").glob("*.yaml")),
     }

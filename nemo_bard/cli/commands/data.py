@@ -7,6 +7,8 @@ import importlib
 
 SUBCOMMANDS: dict[str, str] = {
     "prepare": "nemo_bard.cli.commands.data_prepare",
+    "show": "nemo_bard.cli.commands.data_show",
+    "check": "nemo_bard.cli.commands.data_check",
 }
 """Name -> module with ``add_parser(subparsers)`` and ``run(args)``."""
 

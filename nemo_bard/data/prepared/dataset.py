@@ -61,6 +61,19 @@ class PreparedDataset:
         """A text that changes with the samples."""
         return " ".join(source.fingerprint() for source in self.sources)
 
+    def identity(self) -> dict[str, str]:
+        """What the samples and their order depend on: the sources, and the rows of each."""
+        names = ", ".join(source.entry.name for source in self.sources)
+        return {"sources": names, **{f"rows of {one.entry.name}": one.entry.digest[:16] for one in self.sources}}
+
+    def measured_parts(self) -> list[PreparedSource]:
+        """Its sources, whose lengths are kept beside them (``row_lengths.measured_rows``)."""
+        return self.sources
+
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """Values of the samples of all sources, one source after the other: those of the samples here."""
+        return values
+
     @staticmethod
     def input_files(path: str, **_: Any) -> dict[str, Path]:
         """The manifest, whose digest stands for all files."""

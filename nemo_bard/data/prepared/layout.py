@@ -144,6 +144,19 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ValueError: If the folder is not a whole prepared one; says what is the matter.
     """
+    manifest = read_manifest(folder)
+    for source in manifest.sources:
+        for file in [*source.parts, *([] if source.kept is None else [source.kept])]:
+            _check_size(folder / source.name / file.name, file)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a prepared folder; its files are not looked for.
+
+    Raises:
+        ValueError: If there is none, or it is not as it was written.
+    """
     if not folder.is_dir():
         raise ValueError(f"prepared folder {folder} does not exist")
     raw = read_json(folder / MANIFEST)
@@ -156,13 +169,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder / MANIFEST}: format must be {FORMAT}, got {raw.get('format')!r}; prepare it again")
     if raw.get("digest") != _digest([json.dumps(body, sort_keys=True)]):
         raise ValueError(f"{folder / MANIFEST} was changed after it was written; prepare the folder again")
-    manifest = Manifest(
+    return Manifest(
         sources=[_entry(source) for source in body["sources"]], settings=body["settings"], version=body["version"]
     )
-    for source in manifest.sources:
-        for file in [*source.parts, *([] if source.kept is None else [source.kept])]:
-            _check_size(folder / source.name / file.name, file)
-    return manifest
 
 
 def _entry(raw: Mapping[str, Any]) -> SourceEntry:

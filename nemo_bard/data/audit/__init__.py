@@ -1,0 +1,1 @@
+"""Finding what is wrong with a data set, all of it, with file and row (``nemo-bard data check``)."""
