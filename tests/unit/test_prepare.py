@@ -209,35 +209,30 @@ def test_weights_may_change_afterwards_and_samples_not(tmp_path):
 
 
 def test_lengths_are_where_training_looks_for_them(tmp_path, start, monkeypatch):
-    from nemo_bard.data import lengths
+    from nemo_bard.data import MixtureDataset, row_lengths
     from nemo_bard.data.prepare.lengths import make_collator
-    from nemo_bard.data.prepared.source import PreparedSource
 
-    rows = [row(f"r{i}", question="why " * i, image=("red.png", None)[i % 2]) for i in range(7)]
-    write_source(tmp_path / "in", [rows])
+    def rows(name):
+        return [row(f"{name}{i}", question=name * i + "why", image=("red.png", None)[i % 2]) for i in range(7)]
+
+    write_source(tmp_path / "in", [rows("a"), rows("b")])
+    sources = {name: {"path": f"in/rows-{i}.jsonl", "limit": 6, "repetitions": 2} for i, name in enumerate("ab")}
+    monkeypatch.setattr("nemo_bard.data.prepare.lengths.CHUNK", 4)
+    collator = make_collator(str(start))
+    prepare(write_mix(tmp_path / "mix.yaml", sources), tmp_path / "bare")
+    wanted = row_lengths.measured_rows(MixtureDataset(tmp_path / "bare"), collator, tmp_path / "cache").lengths
+    prepare(write_mix(tmp_path / "mix.yaml", sources, model=str(start)), tmp_path / "out")
+    monkeypatch.setattr(row_lengths, "measure", lambda *_, **__: pytest.fail("measured again"))
+    found = row_lengths.measured_rows(MixtureDataset(tmp_path / "out"), collator, tmp_path / "cache").lengths
+    assert found.tolist() == wanted.tolist()
+    assert len(found) == 24
+
+
+def test_lengths_may_be_measured_afterwards(tmp_path, start):
+    out, entry = prepare_one(tmp_path, [row("1")])
     mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/rows-0.jsonl"}}, model=str(start))
-    monkeypatch.setattr("nemo_bard.data.prepare.lengths.CHUNK", 3)
-    prepare(mix, tmp_path / "out")
-
-    class Samples:
-        def __init__(self, source):
-            self.source = source
-
-        def __len__(self):
-            return len(self.source)
-
-        def __getitem__(self, index):
-            return {**self.source.read(index), "sample_index": index}
-
-        def fingerprint(self):
-            return self.source.fingerprint()
-
-    samples = Samples(PreparedSource(tmp_path / "out", load_manifest(tmp_path / "out").source("a")))
-    wanted = lengths.measure(samples, make_collator(str(start))).row_lengths(4)
-    monkeypatch.setattr(lengths, "measure", lambda *_, **__: pytest.fail("measured again"))
-    sizes, path = lengths.measured_once(samples, make_collator(str(start)), tmp_path / "out" / "a")
-    assert sizes.row_lengths(4).tolist() == wanted.tolist()
-    assert (path.parent, len(sizes)) == (tmp_path / "out" / "a", 7)
+    assert prepare(mix, out).source("a") == entry
+    assert [path.suffix for path in (out / "a").glob("lengths-*")] == [".npz"]
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
