@@ -315,3 +315,17 @@ def test_rows_that_hold_their_images_are_one_piece(tmp_path, monkeypatch):
     Dataset.from_list(rows).to_parquet(tmp_path / "in" / "rows.parquet")
     entry = prepare(write_mix(tmp_path / "mix.yaml", {"a": "in"}), tmp_path / "out").source("a")
     assert (entry.layout, [part.rows for part in entry.parts]) == ("finevision", [10])
+
+
+def test_rejected_images_of_a_folder_are_named(tmp_path):
+    folder = write_source(tmp_path / "in", [])
+    (folder / "rows-0.jsonl").unlink(missing_ok=True)
+    for name in ("red", "green", "blue"):
+        (folder / f"{name}.txt").write_text(f"It is {name}.")
+    (folder / "green.png").write_bytes((folder / "green.png").read_bytes()[:40])
+    mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in", "max_reject_ratio": 0.5}})
+    assert prepare(mix, tmp_path / "out").source("a").rows == 2
+    assert [(line["file"], line["row"]) for line in rejects(tmp_path / "out")] == [(str(folder / "green.png"), 1)]
+    (folder / "red.png").write_bytes((folder / "blue.png").read_bytes() + b"more")
+    with pytest.raises(ValueError, match="the rows of source a have changed"):
+        prepare(mix, tmp_path / "out")

@@ -201,10 +201,11 @@ class Fold:
         for at, line in sorted(lines, key=lambda pair: pair[0]):
             if at >= end:
                 break
-            self.rejects.write(source=work.source.name, file=work.files[number], **line)
+            file = line.pop("file", work.files[number])
+            self.rejects.write(source=work.source.name, file=file, **line)
             self._rejected[line["kind"]] += 1
             if not self._first and line["kind"] != DUPLICATE:
-                self._first = f"{work.files[number]}:{line['row']}: {line['reason']}"
+                self._first = f"{file}:{line['row']}: {line['reason']}"
 
     def _ids(self, work: SourceWork, number: int, which: np.ndarray) -> dict[int, str]:
         """Ids of samples of a unit's part."""

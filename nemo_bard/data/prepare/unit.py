@@ -86,7 +86,8 @@ def file_state(file: str) -> dict[str, int]:
 class _Rows:
     """Collects what becomes of the rows of a unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
         self.rows: list[int] = []
         self.fates: list[int] = []
         self.keys: list[bytes] = []
@@ -99,6 +100,9 @@ class _Rows:
     def reject(self, row: int, name: str | None, error: RejectedError) -> None:
         self.add(row, REJECTED)
         self.rejects.append({"row": row, "id": name, "kind": error.kind, "reason": one_line(error)})
+        if self.unit.format == "images":
+            image = Path(self.unit.file, self.unit.place[row - self.unit.start])
+            self.rejects[-1]["file"] = printable(image)
 
     def arrays(self) -> UnitRows:
         return UnitRows(
@@ -123,7 +127,7 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
         OSError: If a file cannot be written.
         Stopped: If ``stopped`` says so.
     """
-    folder, found = OutFolder(task.out), _Rows()
+    folder, found = OutFolder(task.out), _Rows(task.piece.unit)
     path = folder.part(task.source, task.number)
     folder.forget_unit(task.source, task.number)
     with _naming(path), ExitStack() as stack:
