@@ -327,7 +327,7 @@ def test_folders_of_images(tmp_path):
         messages=[user(CAPTION_PROMPT), assistant("Blue.")], images=[str(tmp_path / "sub/b.jpg")]
     )
     assert plain(source.record(1)) == expected(
-        messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[str(tmp_path / "a.jpg")]
+        messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[str(tmp_path / "a.jpg")], id="a.jpg"
     )
     with pytest.raises(RejectedError, match="no text") as caught:
         source.record(2)  # neither the table nor a text describes it

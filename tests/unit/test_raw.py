@@ -437,7 +437,7 @@ def test_images_alone_and_images_beside_a_list(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_bytes(picture())
     assert [one for _, one in read_all(tmp_path)] == [
-        {"file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
+        {"id": "images/a.jpg", "file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
     ]
     for folder in ("train2017", "val2017"):  # of images, which a list names, the splits do not matter
         (tmp_path / "images" / folder).mkdir()
@@ -458,3 +458,29 @@ def test_splits_of_images(tmp_path):
     with pytest.raises(ValueError, match=r"metadata.csv describes images of all splits: put a table into the folder"):
         find_units(tmp_path, split="test")
     assert len(read_all(tmp_path, split="all")) == 3
+
+
+@pytest.mark.parametrize("end", ["json", "jsonl", "csv", "parquet", "arrow", "tar"])
+def test_spoiled_files_lose_no_row_in_silence(tmp_path, end):
+    """Whatever is spoiled: one line for the file, or every row that it said it has, read or rejected."""
+    chance = random.Random(3)
+    path = tmp_path / f"a.{end}"
+    write(path, 40)
+    good = path.read_bytes()
+    for trial in range(40):
+        data = bytearray(good)
+        if trial % 4 == 0:
+            del data[chance.randrange(len(data)) :]
+        for _ in range(chance.randint(1, 8) if data else 0):
+            data[chance.randrange(len(data))] = chance.choice([*b'\0"\\{}[],\n\xff', chance.randrange(256)])
+        path.write_bytes(data)
+        units, refused = [], f"a.{end}"
+        try:
+            units = find_units(path)
+        except ValueError as error:
+            refused = str(error)
+        assert f"a.{end}" in refused
+        assert "\n" not in refused
+        found = [one for unit in units for one in read_unit(unit)]
+        assert [number for number, _ in found] == list(range(sum(unit.rows for unit in units)))
+        assert not any("\n" in str(one) for _, one in found if isinstance(one, RejectedError))
