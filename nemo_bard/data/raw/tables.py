@@ -37,6 +37,10 @@ def parquet_units(file: str) -> Iterator[Unit]:
         with pyarrow.parquet.ParquetFile(file) as table:
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+            if min((size for _, size in sizes), default=0) < 0 or min((rows for rows, _ in sizes), default=0) < 0:
+                raise ValueError("a row group is of a negative size")
+            if sum(rows for rows, _ in sizes) != table.metadata.num_rows:
+                raise ValueError("its row groups are not all its rows")
     except _errors() as error:
         raise ValueError(f"{printable(file)} cannot be read as Parquet ({one_line(error)})") from error
     first = start = rows = size = 0
