@@ -186,6 +186,8 @@ def test_retry_reads_rejected_rows_again(tmp_path):
     with pytest.raises(ValueError, match="missing_image 1"):
         prepare(mix, tmp_path / "out")
     assert prepare(mix, tmp_path / "out", retry=True).source("a").rows == 3
+    with pytest.raises(ValueError, match="is whole already, --retry is for one that is not"):
+        prepare(mix, tmp_path / "out", retry=True)
 
 
 def test_options_reach_the_rows(tmp_path):

@@ -22,8 +22,9 @@ from nemo_bard.data.raw.unit import printable
 from nemo_bard.data.sample import Record, RejectedError
 
 FORMAT = 1
-PIECE_ROWS = 1024
-"""Rows of a unit of work, where rows name files of images: a unit of raw data may name hundreds of thousands."""
+PIECE_ROWS, PLAIN_PIECE_ROWS = 1024, 65536
+"""Most rows of a unit of work where rows name files of images (a unit of raw data may name hundreds of thousands of them), and
+where they hold all that belongs to them."""
 LOOKED_AT = 32
 """Rows at the start of a source that its layout and the columns of its filters are looked for in."""
 
@@ -73,7 +74,7 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
         units = find_units(source.path, split=source.options.split)
         layout = choose_layout(units, source.options.layout)
         records = _look(source, layout, units)
-        most = PIECE_ROWS if any(map(_names_files, records)) else max(unit.rows for unit in units)
+        most = PIECE_ROWS if any(map(_names_files, records)) else PLAIN_PIECE_ROWS
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
     pieces = list(chain.from_iterable(Piece.of(unit, most) for unit in units))
     return PlannedSource(source=source, layout=layout, pieces=pieces, states=states)

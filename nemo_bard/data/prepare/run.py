@@ -68,6 +68,8 @@ def prepare(
         stack.enter_context(locked(out, key="OUT", wait_seconds=LOCK_SECONDS))
         folder.check_own()
         finished = is_prepared(out)
+        if finished and retry:
+            raise ValueError(f"OUT {out} is whole already, --retry is for one that is not; prepare into another folder")
         settle(folder, describe(mix, planned), finished=finished)
         wait_for_workers_of_others(folder.state / WORKERS_LOCK)
         folder.sweep(names)
