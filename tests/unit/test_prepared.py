@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from prepared_folder import sample, write_prepared
@@ -106,3 +109,27 @@ def test_a_part_may_be_empty(tmp_path):
     with PartWriter(tmp_path / "a" / "part-00009.arrow", "a") as part:
         pass
     assert part.file.rows == 0
+
+
+def mapped_bytes(path):
+    """Pages of a file that are in this process, by the system's account."""
+    found = 0
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            found += next(int(own.split()[1]) for own in lines if own.startswith("Rss:"))
+    return 1024 * found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux")
+def test_pages_that_were_read_do_not_stay_in_the_process(tmp_path):
+    dice = np.random.default_rng(0)
+    large = [dataclasses.replace(sample(f"a{i}"), images=[dice.bytes(1_000_000)]) for i in range(12)]
+    manifest = write_prepared(tmp_path, {"a": large}, rows_per_part=12)
+    source = PreparedSource(tmp_path, manifest.source("a"))
+    rows = [source.raw(i) for i in range(12)]
+    assert [row["images"][0]["bytes"] for row in rows] == [one.images[0] for one in large]
+    assert source.peek(3)["meta"]["id"] == "a3"
+    path = tmp_path / "a" / "part-00000.arrow"
+    assert path.stat().st_size > 12_000_000
+    assert mapped_bytes(path) < 1_000_000

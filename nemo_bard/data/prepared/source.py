@@ -11,6 +11,7 @@ import numpy as np
 
 from nemo_bard.data.conversation import MediaSource, open_media, parse_record
 from nemo_bard.data.prepared.layout import SourceEntry
+from nemo_bard.data.prepared.part import Part
 
 OPEN_PARTS = 128
 """Files of a source that are kept open by a process."""
@@ -28,7 +29,7 @@ class PreparedSource:
         self.folder, self.entry = folder / entry.name, entry
         self._edges = np.cumsum([0, *(part.rows for part in entry.parts)])
         self._kept = None if entry.kept is None else np.load(self.folder / entry.kept.name, mmap_mode="r")
-        self._parts: OrderedDict[int, Any] = OrderedDict()
+        self._parts: OrderedDict[int, Part] = OrderedDict()
 
     def __len__(self) -> int:
         return self.entry.rows
@@ -48,27 +49,27 @@ class PreparedSource:
             IndexError: If ``index`` is outside.
             ValueError: If the sample cannot be read; names file and row.
         """
-        table, row = self._place(index)
-        found = table[row]
+        part, row = self._place(index)
+        found = part.row(row)
         images = [MediaSource("image", data=image["bytes"]) for image in found["images"]]
         return self._item(found, images, header_only=False)
 
     def peek(self, index: int) -> dict[str, Any]:
         """The same, with images that know their ``size`` only; their bytes are not read."""
-        table, row = self._place(index)
-        found = table.select_columns(["id", "source", "messages", "size", "videos"])[row]
+        part, row = self._place(index)
+        found = part.header(row)
         images = [MediaSource("image", size=(width, height)) for width, height in found["size"]]
         return self._item(found, images, header_only=True)
 
     def raw(self, index: int) -> dict[str, Any]:
         """The columns of a sample as they are."""
-        table, row = self._place(index)
-        return table[row]
+        part, row = self._place(index)
+        return part.row(row)
 
     def describe(self, index: int) -> dict[str, Any]:
         """Where a sample is: ``source`` (file and row) and its ``id``."""
-        table, row = self._place(index)
-        return {"source": self._where(index), "id": table.select_columns(["id"])[row]["id"]}
+        part, row = self._place(index)
+        return {"source": self._where(index), "id": part.header(row)["id"]}
 
     def _item(self, found: dict[str, Any], images: list[MediaSource], *, header_only: bool) -> dict[str, Any]:
         record = {"messages": json.loads(found["messages"]), "images": images, "videos": found["videos"]}
@@ -88,15 +89,13 @@ class PreparedSource:
         part, row = self._row(index)
         return f"{self.folder / self.entry.parts[part].name}:{row}"
 
-    def _place(self, index: int) -> tuple[Any, int]:
-        from datasets import Dataset
-
+    def _place(self, index: int) -> tuple[Part, int]:
         part, row = self._row(index)
         if part in self._parts:
             self._parts.move_to_end(part)
         else:
             try:
-                self._parts[part] = Dataset.from_file(str(self.folder / self.entry.parts[part].name))
+                self._parts[part] = Part(self.folder / self.entry.parts[part].name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self._where(index)}: the file cannot be read ({error})") from error
             if len(self._parts) > OPEN_PARTS:
