@@ -27,6 +27,7 @@ import torch
 from _measure import peak_resident_bytes
 from _report import Results, Row, attempt, environment, table
 
+from nemo_bard.base.memory import keep_freed_memory
 from nemo_bard.data import BlockDiffusionCollator, MixtureDataset
 
 COLUMNS = {
@@ -41,8 +42,11 @@ COLUMNS = {
     "rows": "rows|d",
     "filled": "filled|.4f",
     "peak_mib": "peak MiB|.0f",
+    "cpu_s": "CPU s|.2f",
+    "base_mib": "imports MiB|.0f",
     "samples_per_second": "samples/s|.2f",
     "per_worker": "per worker|.2f",
+    "cpu_ms": "CPU ms a sample|.1f",
     "mb_per_second": "JPEG MB/s per worker|.2f",
     "first_mib": "own MiB, first|.1f",
     "last_mib": "own MiB, last|.1f",
@@ -181,7 +185,8 @@ def get_ready(folder: Path, scratch: Path, draws: int, sources: int) -> Row:
 
     imported = time.perf_counter()
     collator = make_collator(scratch / "model")
-    start = time.perf_counter()
+    base = peak_resident_bytes()
+    start, cpu = time.perf_counter(), time.process_time()
     weights = {f"source{number}": {"weight": 1.0 + 0.37 * number} for number in range(sources)}
     mixture = MixtureDataset(folder, weights, draws)
     opened = time.perf_counter()
@@ -192,7 +197,9 @@ def get_ready(folder: Path, scratch: Path, draws: int, sources: int) -> Row:
         "open_s": opened - start,
         "pack_s": end - opened,
         "ready_s": end - start,
+        "cpu_s": time.process_time() - cpu,
         "rows": len(packed),
+        "base_mib": base / 2**20,
         "peak_mib": peak_resident_bytes() / 2**20,
     }
 
@@ -202,7 +209,9 @@ def loader_of(dataset: Any, collate: Any, workers: int) -> Any:
     """AutoModel's loader, as a recipe builds it."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=workers)
+    return StatefulDataLoader(
+        dataset, batch_size=1, collate_fn=collate, num_workers=workers, worker_init_fn=keep_freed_memory
+    )
 
 
 def workers(args: argparse.Namespace, scratch: Path) -> Iterator[Row]:
@@ -223,13 +232,23 @@ def feed(args: argparse.Namespace, folder: Path, collator: Any, number: int, meg
     """Samples a second of a loader whose batches are thrown away."""
     warm_up = 4 * max(number, 1)
     mixture = MixtureDataset(folder, {"images": {"weight": 1}}, args.samples + warm_up)
-    start = 0.0
-    for place, _ in enumerate(loader_of(mixture, collator, number)):
+    start, cpu = 0.0, cpu_seconds()
+    batches = iter(loader_of(mixture, collator, number))
+    for place, _ in enumerate(batches):
         if place == warm_up - 1:
             start = time.perf_counter()
     rate = args.samples / (time.perf_counter() - start)
+    del batches  # the system counts what workers took when they have ended
+    cpu_ms = 1000 * (cpu_seconds() - cpu) / len(mixture)
     per_worker = rate / max(number, 1)
-    return {"samples_per_second": rate, "per_worker": per_worker, "mb_per_second": per_worker * megabytes}
+    megabytes *= per_worker
+    return {"samples_per_second": rate, "per_worker": per_worker, "mb_per_second": megabytes, "cpu_ms": cpu_ms}
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it started and that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 # ------------------ memory ------------------

@@ -160,6 +160,11 @@ def _pad(rows: Sequence[Tensor], length: int, value: int | bool) -> Tensor:
     return out
 
 
+def _join(pixels: Sequence[Tensor]) -> Tensor:
+    """Patches of several images one after the other; of one, 25 MB for a megapixel, without a copy."""
+    return pixels[0] if len(pixels) == 1 else torch.cat(list(pixels))
+
+
 class BlockDiffusionCollator:
     """Turns samples ``{"conversation": [...], "sample_index": int}`` into the batch described in docs/architecture.md.
 
@@ -324,7 +329,7 @@ class BlockDiffusionCollator:
         kept = int((sample.branch == CONTEXT).sum())  # what follows the last supervised block is not laid out
         laid_out = [medium for medium in media if medium.place < kept]
         if laid_out:
-            pixels = torch.cat([medium.patches for medium in laid_out if medium.patches is not None])
+            pixels = _join([medium.patches for medium in laid_out if medium.patches is not None])
             grids = torch.stack([medium.grid for medium in laid_out if medium.grid is not None])
             sample = replace(sample, pixel_values=pixels, grid_thw=grids)
         return sample
@@ -467,6 +472,6 @@ class BlockDiffusionCollator:
             "noise_keys": keys,
             "num_samples": len(keys),
             "rejects": [],
-            "pixel_values": torch.cat(pixels),
+            "pixel_values": _join(pixels),
             "image_grid_thw": torch.cat([sample.grid_thw for sample in laid_out if sample.grid_thw is not None]),
         }

@@ -144,8 +144,8 @@ class PackedDataset:
 
     def identity(self) -> dict[str, str]:
         """What the rows depend on: the data set's own identity, and which samples share a row."""
-        digest = hashlib.sha256(memoryview(self.packs.edges))
-        digest.update(memoryview(self.packs.members))
+        digest = hashlib.sha256(self.packs.edges.data)
+        digest.update(self.packs.members.data)
         return {**identity_of(self.dataset), "packed rows": f"{len(self)} rows, {digest.hexdigest()[:16]}"}
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:

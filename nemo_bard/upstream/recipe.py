@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from nemo_bard.base.memory import keep_freed_memory
 from nemo_bard.upstream import cpu
 from nemo_bard.upstream.automodel import load_config, to_device
 from nemo_bard.upstream.torch import to_device_without_waiting
@@ -178,6 +179,7 @@ class OpenedDataloaderConfig(VlmDataloaderConfig):
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
+            worker_init_fn=keep_freed_memory,
         )
         return replace(built, dataloader=dealt)
 

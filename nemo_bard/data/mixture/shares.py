@@ -122,8 +122,7 @@ def _section(name: str, section: object) -> dict[str, Any]:
 
 
 def _check_number(key: str, value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{key} must be a finite number > 0, got {value!r}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -147,7 +148,7 @@ def describe(mix: Mix, planned: list[PlannedSource]) -> dict[str, Any]:
         "sources": {
             one.source.name: {
                 "settings": {**one.source.identity(), "layout": one.layout},
-                "units": len(one.pieces),
+                "units": _digest(one.pieces),
                 "files": {printable(file): dict(state) for file, state in one.states.items()},
             }
             for one in planned
@@ -207,5 +208,11 @@ def _source_difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]
     if gone := [file for file in old["files"] if file not in new["files"]]:
         return f"file {gone[0]} of source {name} is gone"
     if old["units"] != new["units"]:
-        return f"source {name} was cut into {old['units']} units, now {new['units']}"
+        return f"the rows of source {name} have changed"
     return ""
+
+
+def _digest(pieces: list[Piece]) -> str:
+    """A text that changes with the rows of every piece, and with names and sizes of images in a folder."""
+    text = "\n".join(repr(piece) for piece in pieces)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
