@@ -47,12 +47,14 @@ setup(
         "transformers>=5.18",
         "triton<3.9; sys_platform == 'linux'",  # nemo-automodel 0.7.0 fails to import with triton 3.9
         "av",  # decodes videos
+        "datasets",  # reads and writes Arrow files
         "hydra-core>=1.3",
-        "megatron-core>=0.16",  # mixtures of data sets
+        "megatron-core>=0.16",
         "numpy",
         "omegaconf>=2.3",
         "packaging",
         "pillow>=11.3",  # reads AVIF
+        "pyarrow",
         "pyyaml",
         "qwen-vl-utils>=0.0.14",
         "safetensors",

@@ -292,3 +292,15 @@ def test_an_image_given_twice_is_drawn_twice(start, tmp_path):
     assert [image.size for image in shown.images] == [(40, 30), (64, 32)]
     assert sum(piece.media for piece in shown.pieces) == 2
     assert Image.open(io.BytesIO(png(4, 3))).size == (4, 3)
+
+
+def test_sources_without_samples_are_told_and_not_drawn(start, tmp_path, capsys):
+    write_prepared(tmp_path, {"a": [sample("one")], "none": [], "gone": [sample("two")]}, leave_out=[("gone", 0)])
+    told = show(capsys, tmp_path, "--model", start, "--png", tmp_path / "h.png")
+    assert re.search(r"none +0 +0 % +0 +0 ", told)
+    assert "gone: 1 of the rows read are in none of these columns" in told
+    assert "words" not in told
+    assert "images of a sample: always 1" in told
+    assert (tmp_path / "h.png").is_file()
+    (tmp_path / "mine.jsonl").write_text("no json\n")
+    assert "No row that was looked at can be used." in show(capsys, tmp_path / "mine.jsonl")

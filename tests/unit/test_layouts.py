@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 
@@ -220,7 +221,7 @@ def test_archives(tmp_path):
         ("002b.jpg", RED),
         ("002b.json", {"url": "u", "width": 8}),
         ("002b.txt", "Red."),
-        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["img0"]}),
+        ("002c.json", {"prompts": [["A?", "B?"]], "captions": [["a", "b"]], "images": ["coco/7.png"]}),
         ("002c.img0.jpg", RED),
         ("003.json", {"texts": [{"user": "Hi", "assistant": "Hello"}], "images": None}),
     ]
@@ -270,7 +271,12 @@ def test_images_of_an_archive_go_by_number_and_as_listed(tmp_path):
         (
             [("a.img0.jpg", RED), ("a.json", {"captions": ["x"], "images": ["img9.jpg"]})],
             "bad_member",
-            "names the image 'img9.jpg', found img0.jpg",
+            r"names the images \['img9.jpg'\], the archive has img0.jpg",
+        ),
+        (
+            [("a.img0.jpg", RED), ("a.img1.jpg", RED), ("a.json", {"captions": ["x"], "images": ["img1.jpg"]})],
+            "bad_member",
+            "the archive has img0.jpg, img1.jpg",
         ),
         (
             [("a.img0.jpg", RED), ("a.json", {"captions": ["x", "y"], "images": ["img0.jpg"]})],
@@ -327,11 +333,21 @@ def test_folders_of_images(tmp_path):
         messages=[user(CAPTION_PROMPT), assistant("Blue.")], images=[str(tmp_path / "sub/b.jpg")]
     )
     assert plain(source.record(1)) == expected(
-        messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[str(tmp_path / "a.jpg")]
+        messages=[user(CAPTION_PROMPT), assistant("Red.")], images=[str(tmp_path / "a.jpg")], id="a.jpg"
     )
     with pytest.raises(RejectedError, match="no text") as caught:
         source.record(2)  # neither the table nor a text describes it
     assert (caught.value.kind, source.where(2)) == ("missing_text", str(tmp_path / "sub/c.png"))
+
+
+def test_metadata_of_images_in_any_layout(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(RED)
+    talk = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
+    write_rows(tmp_path / "metadata.jsonl", [{"image": ["a.jpg", "b.jpg"], **talk}, {"file_name": "c.jpg", **talk}])
+    name, found = records(tmp_path)
+    assert name == "llava"
+    assert [record.images for record in found] == [("a.jpg", "b.jpg"), (str(tmp_path / "c.jpg"),)]
 
 
 def test_messages_from_lines_and_tables(tmp_path):
@@ -349,6 +365,30 @@ def test_messages_from_lines_and_tables(tmp_path):
     )
     for end in ("jsonl", "parquet"):
         assert records(write_rows(tmp_path / f"mine.{end}", [row])) == ("messages", [wanted])
+
+
+def test_turns_as_text_and_as_an_object_of_lists(tmp_path):
+    """A CSV can hold JSON only; ``datasets.Sequence`` stores an object of lists."""
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]
+    write_csv(tmp_path / "a.csv", [["image", "conversations"], ["a.jpg", json.dumps(talk)], ["a.jpg", "[{"]])
+    turns = [user("What?"), assistant("Red.")]
+    source = RawSource(tmp_path / "a.csv")
+    assert (source.layout, source.record(0).messages) == ("llava", turns)
+    with pytest.raises(RejectedError, match="'conversations' is a text and no JSON") as caught:
+        source.record(1)
+    assert caught.value.kind == "bad_json"
+    lists = {"from": ["human", "gpt"], "value": ["What?", "Red."]}
+    assert records(write_rows(tmp_path / "a.parquet", [{"conversations": lists}]))[1][0].messages == turns
+    lists = {"user": ["A?", "B?"], "assistant": ["a", "b"], "source": ["s", "t"]}
+    assert lay_out("cauldron", {"texts": lists}).messages == [user("A?"), assistant("a"), user("B?"), assistant("b")]
+    with pytest.raises(RejectedError, match="must be a list of turns"):
+        lay_out("llava", {"conversations": {"from": ["human"], "value": []}})
+
+
+def test_tables_of_questions_and_responses():
+    row = {"image": "a.jpg", "question": "What?", "response": "Red."}
+    assert detect(row) == "captions"
+    assert lay_out("captions", row).messages == [user("What?"), assistant("Red.")]
 
 
 @pytest.mark.parametrize(

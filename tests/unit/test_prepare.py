@@ -167,6 +167,16 @@ def test_too_many_rejects_end_it_and_a_higher_ratio_goes_on(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "a").iterdir()} == parts
 
 
+def test_a_hopeless_source_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_bard.data.prepare.fold.HOPELESS", 2)
+    write_source(tmp_path / "in", [[row(f"{i}-{j}", answer="") for j in range(5)] for i in range(4)])
+    with pytest.raises(ValueError, match="5 of 5 rows cannot be used"):
+        prepare(
+            write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/*.jsonl", "max_reject_ratio": 0.2}}), tmp_path / "o"
+        )
+    assert len(rejects(tmp_path / "o")) == 5
+
+
 def test_retry_reads_rejected_rows_again(tmp_path):
     write_source(tmp_path / "in", [[row("1"), row("2", image="late.png")], [row("3")]])
     mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/*.jsonl"}})
@@ -176,6 +186,8 @@ def test_retry_reads_rejected_rows_again(tmp_path):
     with pytest.raises(ValueError, match="missing_image 1"):
         prepare(mix, tmp_path / "out")
     assert prepare(mix, tmp_path / "out", retry=True).source("a").rows == 3
+    with pytest.raises(ValueError, match="is whole already, --retry is for one that is not"):
+        prepare(mix, tmp_path / "out", retry=True)
 
 
 def test_options_reach_the_rows(tmp_path):
@@ -199,35 +211,30 @@ def test_weights_may_change_afterwards_and_samples_not(tmp_path):
 
 
 def test_lengths_are_where_training_looks_for_them(tmp_path, start, monkeypatch):
-    from nemo_bard.data import lengths
+    from nemo_bard.data import MixtureDataset, row_lengths
     from nemo_bard.data.prepare.lengths import make_collator
-    from nemo_bard.data.prepared.source import PreparedSource
 
-    rows = [row(f"r{i}", question="why " * i, image=("red.png", None)[i % 2]) for i in range(7)]
-    write_source(tmp_path / "in", [rows])
+    def rows(name):
+        return [row(f"{name}{i}", question=name * i + "why", image=("red.png", None)[i % 2]) for i in range(7)]
+
+    write_source(tmp_path / "in", [rows("a"), rows("b")])
+    sources = {name: {"path": f"in/rows-{i}.jsonl", "limit": 6, "repetitions": 2} for i, name in enumerate("ab")}
+    monkeypatch.setattr("nemo_bard.data.prepare.lengths.CHUNK", 4)
+    collator = make_collator(str(start))
+    prepare(write_mix(tmp_path / "mix.yaml", sources), tmp_path / "bare")
+    wanted = row_lengths.measured_rows(MixtureDataset(tmp_path / "bare"), collator, tmp_path / "cache").lengths
+    prepare(write_mix(tmp_path / "mix.yaml", sources, model=str(start)), tmp_path / "out")
+    monkeypatch.setattr(row_lengths, "measure", lambda *_, **__: pytest.fail("measured again"))
+    found = row_lengths.measured_rows(MixtureDataset(tmp_path / "out"), collator, tmp_path / "cache").lengths
+    assert found.tolist() == wanted.tolist()
+    assert len(found) == 24
+
+
+def test_lengths_may_be_measured_afterwards(tmp_path, start):
+    out, entry = prepare_one(tmp_path, [row("1")])
     mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in/rows-0.jsonl"}}, model=str(start))
-    monkeypatch.setattr("nemo_bard.data.prepare.lengths.CHUNK", 3)
-    prepare(mix, tmp_path / "out")
-
-    class Samples:
-        def __init__(self, source):
-            self.source = source
-
-        def __len__(self):
-            return len(self.source)
-
-        def __getitem__(self, index):
-            return {**self.source.read(index), "sample_index": index}
-
-        def fingerprint(self):
-            return self.source.fingerprint()
-
-    samples = Samples(PreparedSource(tmp_path / "out", load_manifest(tmp_path / "out").source("a")))
-    wanted = lengths.measure(samples, make_collator(str(start))).row_lengths(4)
-    monkeypatch.setattr(lengths, "measure", lambda *_, **__: pytest.fail("measured again"))
-    sizes, path = lengths.measured_once(samples, make_collator(str(start)), tmp_path / "out" / "a")
-    assert sizes.row_lengths(4).tolist() == wanted.tolist()
-    assert (path.parent, len(sizes)) == (tmp_path / "out" / "a", 7)
+    assert prepare(mix, out).source("a") == entry
+    assert [path.suffix for path in (out / "a").glob("lengths-*")] == [".npz"]
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
@@ -310,3 +317,17 @@ def test_rows_that_hold_their_images_are_one_piece(tmp_path, monkeypatch):
     Dataset.from_list(rows).to_parquet(tmp_path / "in" / "rows.parquet")
     entry = prepare(write_mix(tmp_path / "mix.yaml", {"a": "in"}), tmp_path / "out").source("a")
     assert (entry.layout, [part.rows for part in entry.parts]) == ("finevision", [10])
+
+
+def test_rejected_images_of_a_folder_are_named(tmp_path):
+    folder = write_source(tmp_path / "in", [])
+    (folder / "rows-0.jsonl").unlink(missing_ok=True)
+    for name in ("red", "green", "blue"):
+        (folder / f"{name}.txt").write_text(f"It is {name}.")
+    (folder / "green.png").write_bytes((folder / "green.png").read_bytes()[:40])
+    mix = write_mix(tmp_path / "mix.yaml", {"a": {"path": "in", "max_reject_ratio": 0.5}})
+    assert prepare(mix, tmp_path / "out").source("a").rows == 2
+    assert [(line["file"], line["row"]) for line in rejects(tmp_path / "out")] == [(str(folder / "green.png"), 1)]
+    (folder / "red.png").write_bytes((folder / "blue.png").read_bytes() + b"more")
+    with pytest.raises(ValueError, match="the rows of source a have changed"):
+        prepare(mix, tmp_path / "out")

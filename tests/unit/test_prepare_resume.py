@@ -16,7 +16,7 @@ import yaml
 from prepare_sources import ids, row, tree, two_sources, write_mix, write_source
 
 from nemo_bard.cli.app import main
-from nemo_bard.data.prepare import fold, run
+from nemo_bard.data.prepare import fold, lengths, run
 from nemo_bard.data.prepare.folder import OutFolder
 from nemo_bard.data.prepare.mix import read_mix
 from nemo_bard.data.prepare.run import prepare
@@ -34,11 +34,12 @@ MOMENTS = {
     "before the manifest": (Manifest, "write", 1),
     "before records go": (OutFolder, "forget_units", 1),
 }
+LENGTHS = {"between lengths": ("nemo_bard.data.prepare.lengths", "save_arrays", 3)}
 
 
 def die_at(moment, call, file, out):
     """Prepare, and kill this process at a call of a function."""
-    where, name, _ = MOMENTS[moment]
+    where, name, _ = {**MOMENTS, **LENGTHS}[moment]
     where = sys.modules[where] if isinstance(where, str) else where
     function, calls = getattr(where, name), []
 
@@ -89,6 +90,23 @@ def test_killed_again_and_again_it_gets_there_and_redoes_no_unit(mixture, tmp_pa
     assert tree(out) == wanted
 
 
+def test_killed_while_it_measures_lengths_it_goes_on(mixture, start, tmp_path, monkeypatch):
+    file, wanted = mixture
+    raw = yaml.safe_load(file.read_text())
+    sources = {name: {**one, "path": str(file.parent / one["path"])} for name, one in raw["sources"].items()}
+    write_mix(tmp_path / "mix.yaml", sources, dedup="all", model=str(start))
+    monkeypatch.setattr(lengths, "CHUNK", 10)
+    assert killed("between lengths", 3, tmp_path / "mix.yaml", tmp_path / "out")
+    assert len(list(tmp_path.glob("out/.prepare/lengths/*/*/*.npz"))) == 2
+    measured, measure = [], lengths._measure
+    monkeypatch.setattr(lengths, "_measure", lambda task, stop: (measured.append(task), measure(task, stop)))
+    prepare(read_mix(tmp_path / "mix.yaml"), tmp_path / "out")
+    assert len(measured) == 3 + 2 - 2  # 24 and 11 samples, tens of them at a time
+    found = {name: digest for name, digest in tree(tmp_path / "out").items() if "lengths" not in name}
+    same = {name for name in wanted if name != "manifest.json"}
+    assert {name: found[name] for name in same} == {name: wanted[name] for name in same}
+
+
 def workers_of(pid):
     """Processes whose parent is ``pid``, but for those that keep books of shared memory."""
     found = []
@@ -110,7 +128,7 @@ def slow_mixture(folder):
     return folder / "mix.yaml"
 
 
-def start(file, out, jobs):
+def start_command(file, out, jobs):
     command = [sys.executable, "-m", "nemo_bard.cli", "data", "prepare", str(file), str(out), "--jobs", str(jobs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -124,7 +142,7 @@ def wait_for(condition, seconds=60):
 
 def test_workers_end_with_the_process_that_is_killed(tmp_path):
     file, out = slow_mixture(tmp_path), tmp_path / "out"
-    process = start(file, out, 2)
+    process = start_command(file, out, 2)
     wait_for(lambda: len(list(out.glob(".prepare/units/a/*.json"))) >= 2)
     workers = workers_of(process.pid)
     process.kill()
@@ -150,7 +168,7 @@ def test_workers_end_with_the_process_that_is_killed(tmp_path):
 
 def test_a_signal_ends_it_in_one_line_and_a_second_run_is_kept_out(tmp_path):
     file, out = slow_mixture(tmp_path), tmp_path / "out"
-    process = start(file, out, 0)
+    process = start_command(file, out, 0)
     wait_for(lambda: len(list(out.glob(".prepare/units/a/*.json"))) >= 2)
     with pytest.raises(ValueError, match=rf"OUT {out} is in use by another run"):
         prepare(read_mix(file), out)

@@ -9,6 +9,7 @@ import pickle
 import random
 import tarfile
 import tracemalloc
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -316,9 +317,7 @@ def test_patterns_links_and_names_that_are_no_text(tmp_path):
 def test_what_holds_no_data_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "run.py").write_text("x")
-    with pytest.raises(
-        ValueError, match="holds no data: found 1 .txt, 1 .py; wanted .jsonl, .*or images|found 1 .py, 1 .txt"
-    ):
+    with pytest.raises(ValueError, match="holds no data: found 1 .py, 1 .txt; wanted .jsonl, .*or images"):
         find_units(tmp_path)
     with pytest.raises(ValueError, match=r"notes.txt: the name of a data file must end in .jsonl"):
         find_units(tmp_path / "notes.txt")
@@ -353,6 +352,40 @@ def test_hub_names_without_a_network(monkeypatch):
     ) as caught:
         find_units("no-such-owner/no-such-set:one")
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_a_hub_name(tmp_path, monkeypatch):
+    """The files of the configuration and split alone are fetched; the hub itself is a stand-in."""
+    urls = {
+        "train": ["charts/train-00000-of-00002.parquet", "charts/train-00001-of-00002.parquet"],
+        "rl": ["rl.parquet"],
+    }
+    for number, name in enumerate(one for names in urls.values() for one in names):
+        write_rows(tmp_path / name, [{"n": number}])
+    fetched = []
+
+    def load_dataset_builder(repository, config):
+        assert (repository, config) == ("owner/set", "charts")
+        return SimpleNamespace(config=SimpleNamespace(data_files=urls))
+
+    def resolve_path(self, url):
+        return SimpleNamespace(repo_id="owner/set", path_in_repo=url, revision="abc")
+
+    def hf_hub_download(repository, name, *, repo_type, revision):
+        assert (repository, repo_type, revision) == ("owner/set", "dataset", "abc")
+        fetched.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", resolve_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    with pytest.raises(ValueError, match="owner/set:charts holds the splits train, rl: set split to one, or to all"):
+        find_units("owner/set:charts")
+    with pytest.raises(ValueError, match="owner/set:charts: split must be one of train, rl, all, got 'test'"):
+        find_units("owner/set:charts", split="test")
+    assert fetched == []
+    assert [one["n"] for _, one in read_all("owner/set:charts", split="train")] == [0, 1]
+    assert fetched == urls["train"]
 
 
 def in_a_child(source, indices, queue):
@@ -404,7 +437,50 @@ def test_images_alone_and_images_beside_a_list(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_bytes(picture())
     assert [one for _, one in read_all(tmp_path)] == [
-        {"file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
+        {"id": "images/a.jpg", "file_name": "images/a.jpg", "image": str(tmp_path / "images/a.jpg"), "text": None}
     ]
+    for folder in ("train2017", "val2017"):  # of images, which a list names, the splits do not matter
+        (tmp_path / "images" / folder).mkdir()
+        (tmp_path / "images" / folder / "b.jpg").write_bytes(picture())
     write_rows(tmp_path / "list.json", [{"image": "images/a.jpg"}])
     assert [one for _, one in read_all(tmp_path)] == [{"image": "images/a.jpg"}]
+
+
+def test_splits_of_images(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jpg").write_bytes(picture())
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.jpg,{split}\n")
+    with pytest.raises(ValueError, match="holds the splits test, train"):
+        find_units(tmp_path)
+    assert [one["text"] for _, one in read_all(tmp_path, split="test")] == ["test"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.jpg,x\n")
+    with pytest.raises(ValueError, match=r"metadata.csv describes images of all splits: put a table into the folder"):
+        find_units(tmp_path, split="test")
+    assert len(read_all(tmp_path, split="all")) == 3
+
+
+@pytest.mark.parametrize("end", ["json", "jsonl", "csv", "parquet", "arrow", "tar"])
+def test_spoiled_files_lose_no_row_in_silence(tmp_path, end):
+    """Whatever is spoiled: one line for the file, or every row that it said it has, read or rejected."""
+    chance = random.Random(3)
+    path = tmp_path / f"a.{end}"
+    write(path, 40)
+    good = path.read_bytes()
+    for trial in range(40):
+        data = bytearray(good)
+        if trial % 4 == 0:
+            del data[chance.randrange(len(data)) :]
+        for _ in range(chance.randint(1, 8) if data else 0):
+            data[chance.randrange(len(data))] = chance.choice([*b'\0"\\{}[],\n\xff', chance.randrange(256)])
+        path.write_bytes(data)
+        units, refused = [], f"a.{end}"
+        try:
+            units = find_units(path)
+        except ValueError as error:
+            refused = str(error)
+        assert f"a.{end}" in refused
+        assert "\n" not in refused
+        found = [one for unit in units for one in read_unit(unit)]
+        assert [number for number, _ in found] == list(range(sum(unit.rows for unit in units)))
+        assert not any("\n" in str(one) for _, one in found if isinstance(one, RejectedError))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 from PIL import Image
@@ -150,6 +151,19 @@ def test_fingerprints_change_with_what_is_read(tmp_path):
     (tmp_path / "b.jpg").write_bytes(BLUE)
     (tmp_path / "b.txt").write_text("Blue.")
     assert len({first, second, RowsDataset(tmp_path).fingerprint(), RowsDataset(tmp_path, limit=1).fingerprint()}) == 4
+
+
+def test_identity_is_what_the_samples_are_and_not_where(llava, tmp_path):
+    path, images = llava
+    data = RowsDataset(path, root_dir=images)
+    before = data.identity()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    copied = RowsDataset(tmp_path / "copy" / path.name, root_dir=tmp_path / "copy/images")
+    assert copied.identity() == before
+    assert copied.fingerprint() != data.fingerprint()
+    assert RowsDataset(path, root_dir=images, limit=2).identity() != before
+    path.write_text(path.read_text().replace("1+1?", "2+1?"))
+    assert RowsDataset(path, root_dir=images).identity() != before
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_bard.upstream.console import hush
+
 if TYPE_CHECKING:
     from nemo_bard.data.prepared.layout import Manifest
 
@@ -39,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bard.data.prepare.mix import read_mix
     from nemo_bard.data.prepare.run import Interrupted, prepare
 
-    jobs = len(os.sched_getaffinity(0)) if args.jobs is None else args.jobs
+    hush()
+    jobs = _cores() if args.jobs is None else args.jobs
     mix = read_mix(args.mix)
     try:
         manifest = prepare(mix, args.out, jobs=jobs, retry=args.retry, say=_say)
@@ -48,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
         return SIGNAL_EXIT + stop.number
     sys.stdout.write(f"{table(manifest)}\n{args.out}: {sum(s.rows for s in manifest.sources):,} samples\n")
     return 0
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _say(line: str) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from nemo_bard.base.errors import one_line
+from nemo_bard.base.errors import one_line, short
 from nemo_bard.data.audit.findings import Defect, Findings, kind_of
 from nemo_bard.data.conversation import MediaSource, media_of, parse_record
-from nemo_bard.data.prepared.layout import COLUMNS, MANIFEST, REJECTS, File, Manifest, SourceEntry
+from nemo_bard.data.prepared.layout import MANIFEST, REJECTS, File, Manifest, SourceEntry, features
 from nemo_bard.data.rejects import ERRORS
 
 
@@ -137,19 +138,18 @@ def check_part(task: PartTask) -> Findings:
         found.add(Defect("sha256", reason, str(task.path), source=task.source))
     try:
         _check_batches(task, found)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # pyarrow's errors are of these
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         reason = f"it cannot be read ({one_line(error)})"
         found.add(Defect("arrow", reason, str(task.path), source=task.source))
     return found
 
 
 def _check_batches(task: PartTask, found: Findings) -> None:
-    import pyarrow as pa
-
     seen, wanted = 0, task.rows
     with pa.memory_map(str(task.path)) as file, pa.ipc.open_stream(file) as reader:
-        if tuple(reader.schema.names) != COLUMNS:
-            reason = f"its columns are {', '.join(reader.schema.names)}, {', '.join(COLUMNS)} are needed"
+        needed = features().arrow_schema.remove_metadata()
+        if not reader.schema.remove_metadata().equals(needed):
+            reason = f"its columns are {_columns(reader.schema)}, needed are {_columns(needed)}"
             found.add(Defect("columns", reason, str(task.path), source=task.source))
             return
         for batch in reader:
@@ -163,13 +163,15 @@ def _check_batches(task: PartTask, found: Findings) -> None:
         found.add(Defect("row_count", reason, str(task.path), source=task.source))
 
 
+def _columns(schema: Any) -> str:
+    return short(", ".join(f"{field.name} {field.type}" for field in schema), 300)
+
+
 def _check_batch(batch: Any, rows: np.ndarray, start: int, task: PartTask, found: Findings) -> None:
     """Check that offsets and texts are in order, and only then read rows: wrong offsets would end the process."""
-    import pyarrow as pa
-
     try:
         batch.validate(full=True)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         reason = f"the batch of rows {start} to {start + batch.num_rows - 1} is damaged ({one_line(error)})"
         found.add(Defect("arrow", reason, str(task.path), start, source=task.source))
         return

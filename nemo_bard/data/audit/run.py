@@ -17,9 +17,10 @@ from nemo_bard.data.audit.findings import Defect, Findings, Report, kind_of
 from nemo_bard.data.audit.prepared import check_files, check_part, check_rejects, kept_rows, manifest_defect, part_tasks
 from nemo_bard.data.prepared.layout import is_prepared, read_manifest
 from nemo_bard.data.ranks import deal_out
+from nemo_bard.data.raw.hub import is_hub_name
 from nemo_bard.data.readers import open_dataset
 from nemo_bard.data.rejects import ERRORS
-from nemo_bard.data.survey.sources import refuse_unfinished
+from nemo_bard.data.survey.sources import refuse_parts
 
 
 class Task(Protocol):
@@ -48,7 +49,7 @@ def check(
     """Find what is wrong with a data set.
 
     Args:
-        data: A prepared folder, a file or folder of raw data, or ``NAME:...`` of a reader.
+        data: A prepared folder, raw data as ``raw.find_units`` takes it, or ``NAME:...`` of a reader.
         whole: Of a prepared folder, read every byte and decode every sample; others are read whole in any case.
         rows: Samples of each source of a prepared folder to decode otherwise.
         seed: Which.
@@ -65,10 +66,10 @@ def check(
         RunError: If a process is gone.
     """
     path = Path(data)
-    refuse_unfinished(path)
+    refuse_parts(path)
     if is_prepared(path):
         return check_prepared(path, whole=whole, rows=rows, seed=seed, jobs=jobs)
-    if path.exists() or glob.has_magic(data):
+    if path.exists() or glob.has_magic(data) or is_hub_name(data):
         return check_raw(data, layout=layout, split=split, root_dir=root_dir, jobs=jobs)
     return check_reader(data, jobs=jobs)
 

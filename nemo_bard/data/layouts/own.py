@@ -14,7 +14,7 @@ from nemo_bard.data.sample import Record, RejectedError
 CAPTION_PROMPT = "Describe the image."
 """What the user asks where a set has captions alone."""
 IMAGES = ("image", "image_path", "file_name", "filename", "filepath", "img", "jpg")
-CAPTIONS = ("caption", "text", "description", "answer")
+CAPTIONS = ("caption", "text", "description", "answer", "response")
 PROMPTS = ("prompt", "question")
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Ends of an archive's members that are images."""
@@ -81,13 +81,13 @@ def _with_json(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any], t
 
 def _packed(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any]) -> Record:
     """Several images with a prompt and a caption each, or a list of each, by number."""
-    texts, prompts, names = body["captions"], body.get("prompts"), body.get("images")
+    texts, prompts = body["captions"], body.get("prompts")
     prompts = [CAPTION_PROMPT] * len(texts) if prompts is None else prompts
-    names = list(pictures) if names is None else names
-    if not isinstance(prompts, list) or not isinstance(names, list) or len(prompts) != len(texts):
+    found_images = _as_listed(key, body.get("images"), pictures)
+    if not isinstance(prompts, list) or len(prompts) != len(texts):
         raise RejectedError("layout", f"{key}.json: prompts and captions must be lists of the same length")
-    if len(names) != len(texts):
-        raise RejectedError("placeholders", f"{key}.json: {len(names)} images but {len(texts)} captions")
+    if len(found_images) != len(texts):
+        raise RejectedError("placeholders", f"{key}.json: {len(found_images)} images but {len(texts)} captions")
     found: list[dict[str, Any]] = []
     for number, pair in enumerate(zip(prompts, texts, strict=True)):
         asked, said = (value if isinstance(value, list) else [value] for value in pair)
@@ -103,7 +103,7 @@ def _packed(key: str, body: Mapping[str, Any], pictures: Mapping[str, Any]) -> R
         found += exchanges
     return Record(
         messages=found,
-        images=[_member(key, image, pictures) for image in names],
+        images=found_images,
         id=name(key if body.get("id") is None else body["id"]),
         facts=facts(body, ("captions", "prompts", "images", "id")),
     )
@@ -118,23 +118,28 @@ def _by_number(ends: list[str]) -> list[str]:
 
 
 def _as_listed(key: str, listed: object, pictures: Mapping[str, Any]) -> list[Any]:
-    """The archive's images in the order in which a JSON names them, where it names all of them as members."""
-    if isinstance(listed, list) and len(listed) == len(pictures):
-        try:
-            return [_member(key, image, pictures) for image in listed]
-        except RejectedError:  # they have the names that they had before they were packed
-            pass
+    """The archive's images in the order of a JSON's list: by name where it names members, otherwise by number.
+
+    A list may also hold the names that the images had before they were packed.
+    """
+    if not isinstance(listed, list):
+        return list(pictures.values())
+    ends = [_end_of(key, image, pictures) for image in listed]
+    if set(ends) == set(pictures):
+        return [pictures[str(end)] for end in ends]
+    shapes = {re.sub(r"\d", "", end) for end in pictures}
+    if any(ends) or len(listed) != len(pictures) or any(re.sub(r"\d", "", str(one)) in shapes for one in listed):
+        have = ", ".join(pictures) or "none"
+        raise RejectedError("bad_member", f"{key}.json names the images {short(listed)}, the archive has {have}")
     return list(pictures.values())
 
 
-def _member(key: str, image: object, pictures: Mapping[str, Any]) -> bytes:
-    """The image that a name means: the end of a member with or without its last part, or its whole name."""
-    for end, data in pictures.items():
+def _end_of(key: str, image: object, pictures: Mapping[str, Any]) -> str | None:
+    """The member that a name means: its end with or without the last part, or its whole name."""
+    for end in pictures:
         if image in (end, end.rpartition(".")[0], f"{key}.{end}", f"{key.rpartition('/')[2]}.{end}"):
-            return data
-    raise RejectedError(
-        "bad_member", f"{key}.json names the image {short(image)}, found {', '.join(pictures) or 'none'}"
-    )
+            return end
+    return None
 
 
 def _captioned(prompt: object, caption: object, where: str) -> list[dict[str, Any]]:

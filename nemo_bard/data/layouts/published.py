@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_bard.base.errors import short
-from nemo_bard.data.layouts.row import facts, images, layout, name, one_of, turn, turns, videos
+from nemo_bard.data.layouts.row import facts, images, layout, listed, name, one_of, turn, turns, videos
 from nemo_bard.data.sample import Record, RejectedError
 
-RESPONSES = ("qwen3vl_235b_thinking_response", "thinking_response", "response")
+RESPONSES = ("qwen3vl_235b_thinking_response", "thinking_response")
 """Columns of MMFineReason's answers."""
 SPELLINGS = {
     "original_question": ("original_question", "ori_question"),
@@ -51,17 +51,15 @@ def finevision(row: Mapping[str, Any]) -> Record:
 def cauldron(row: Mapping[str, Any]) -> Record:
     """The Cauldron: as FineVision, and each exchange names its ``source``."""
     record = finevision(row)
-    source = one_of(row["texts"][0], ("source",))
+    source = one_of(listed(row["texts"], "texts")[0], ("source",))
     return Record(
         messages=record.messages, images=record.images, id=record.id, facts={"source": source, **record.facts}
     )
 
 
 def _exchanges(texts: object) -> list[dict[str, Any]]:
-    if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)) or not texts:
-        raise RejectedError("messages", f"'texts' must be a list of exchanges that is not empty, got {short(texts)}")
     found = []
-    for number, exchange in enumerate(texts):
+    for number, exchange in enumerate(listed(texts, "texts")):
         where = f"texts[{number}]"
         if not isinstance(exchange, Mapping):
             raise RejectedError("messages", f"{where} must be an object with user and assistant, got {short(exchange)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from nemo_bard.base.errors import short
+from nemo_bard.base.errors import one_line, short
 from nemo_bard.data.sample import ImageEntry, RejectedError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,15 +67,35 @@ def turns(entries: object, column: str) -> list[dict[str, Any]]:
     Raises:
         RejectedError: If it is no list of such turns.
     """
-    if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)) or not entries:
-        raise RejectedError("messages", f"{column!r} must be a list of turns that is not empty, got {short(entries)}")
     found = []
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(listed(entries, column)):
         where = f"{column}[{number}]"
         if not isinstance(entry, Mapping):
             raise RejectedError("messages", f"{where} must be an object with a speaker and a text, got {short(entry)}")
         speaker = one_of(entry, ("from", "role"))
         found.append(turn(speaker, one_of(entry, ("value", "content")), where))
+    return found
+
+
+def listed(entries: object, column: str) -> Sequence[Any]:
+    """The entries of a column: a list, its JSON as a text, or an object of lists as ``datasets`` stores a ``Sequence``.
+
+    Raises:
+        RejectedError: If it is none of these, or empty.
+    """
+    found = entries
+    if isinstance(found, str) and found.lstrip().startswith("["):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise RejectedError("bad_json", f"{column!r} is a text and no JSON ({one_line(error)})") from error
+    elif isinstance(found, Mapping):
+        columns = {key: values for key, values in found.items() if isinstance(values, list)}
+        sizes = {len(values) for values in columns.values()}
+        if len(columns) == len(found) and len(sizes) == 1:
+            found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not isinstance(found, Sequence) or isinstance(found, (str, bytes)) or not found:
+        raise RejectedError("messages", f"{column!r} must be a list of turns that is not empty, got {short(entries)}")
     return found
 
 

@@ -21,6 +21,8 @@ from nemo_bard.data.prepare.mix import Source
 from nemo_bard.data.prepared.layout import KEPT, REJECTS, File, SourceEntry
 
 DUPLICATE = "duplicate"
+HOPELESS = 1000
+"""Unusable rows from which on a source is not read to its end, if they are too many for all of its rows."""
 
 
 class RejectsFile:
@@ -62,6 +64,8 @@ class SourceWork:
     layout: str
     files: Sequence[str]
     """File of each unit."""
+    rows: int
+    """Rows of all units."""
 
 
 class Fold:
@@ -116,6 +120,9 @@ class Fold:
 
         Returns:
             Whether the source has all the samples that it may have.
+
+        Raises:
+            ValueError: If it is certain that too many of the source's rows cannot be used.
         """
         work = self.current
         assert work is not None
@@ -136,7 +143,17 @@ class Fold:
             self._kept.append(self._written + np.flatnonzero(kept))
             self._written += record.part.rows
         self._samples += int(kept.sum())
+        self._check_hope(work)
         return limit is not None and self._samples >= limit
+
+    def _check_hope(self, work: SourceWork) -> None:
+        unusable = self._unusable()
+        if unusable >= HOPELESS and unusable > work.source.max_reject_ratio * work.rows:
+            self.rejects.publish()
+            raise ValueError(self._too_many(work.source, unusable))
+
+    def _unusable(self) -> int:
+        return sum(count for kind, count in self._rejected.items() if kind != DUPLICATE)
 
     def _origins(self, work: SourceWork, number: int, rows: UnitRows, samples: np.ndarray) -> np.ndarray:
         """For each sample the place of the row that it repeats, or -1."""
@@ -184,10 +201,11 @@ class Fold:
         for at, line in sorted(lines, key=lambda pair: pair[0]):
             if at >= end:
                 break
-            self.rejects.write(source=work.source.name, file=work.files[number], **line)
+            file = line.pop("file", work.files[number])
+            self.rejects.write(source=work.source.name, file=file, **line)
             self._rejected[line["kind"]] += 1
             if not self._first and line["kind"] != DUPLICATE:
-                self._first = f"{work.files[number]}:{line['row']}: {line['reason']}"
+                self._first = f"{file}:{line['row']}: {line['reason']}"
 
     def _ids(self, work: SourceWork, number: int, which: np.ndarray) -> dict[int, str]:
         """Ids of samples of a unit's part."""
@@ -222,7 +240,7 @@ class Fold:
         work = self.current
         assert work is not None
         source = work.source
-        unusable = sum(count for kind, count in self._rejected.items() if kind != DUPLICATE)
+        unusable = self._unusable()
         if unusable > source.max_reject_ratio * self._read:
             self.rejects.publish()
             raise ValueError(self._too_many(source, unusable))

@@ -39,7 +39,7 @@ class UnitRecord:
     read: int
     """Rows."""
     rejects: list[dict[str, Any]]
-    """``row``, ``id``, ``kind`` and ``reason`` of rows that cannot be used, in order."""
+    """``row``, ``id``, ``kind`` and ``reason`` of rows that cannot be used, in order; ``file`` if it is not the unit's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,10 @@ class SourceOptions:
 class MixOptions:
     """The top of the file."""
 
-    sources: Mapping[str, Any] = setting(check=Check("a section", lambda v: isinstance(v, Mapping), str, ""), help="")
+    sources: Mapping[str, Any] = setting(
+        check=Check("a section", lambda v: isinstance(v, Mapping), str, ""),
+        help="Name -> path, or a section of options.",
+    )
     dedup: str = setting("none", choice(DEDUP), "Leave out repetitions: of no row, within a source, or of all sources.")
     max_reject_ratio: float = setting(MAX_REJECT_RATIO, _RATIO, "Largest part of a source's rows that may be unusable.")
     model: str | None = setting(

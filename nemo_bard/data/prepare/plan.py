@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,8 +22,9 @@ from nemo_bard.data.raw.unit import printable
 from nemo_bard.data.sample import Record, RejectedError
 
 FORMAT = 1
-PIECE_ROWS = 1024
-"""Rows of a unit of work, where rows name files of images: a unit of raw data may name hundreds of thousands."""
+PIECE_ROWS, PLAIN_PIECE_ROWS = 1024, 65536
+"""Most rows of a unit of work where rows name files of images (a unit of raw data may name hundreds of thousands of them), and
+where they hold all that belongs to them."""
 LOOKED_AT = 32
 """Rows at the start of a source that its layout and the columns of its filters are looked for in."""
 
@@ -72,7 +74,7 @@ def plan_source(source: Source, out: Path) -> PlannedSource:
         units = find_units(source.path, split=source.options.split)
         layout = choose_layout(units, source.options.layout)
         records = _look(source, layout, units)
-        most = PIECE_ROWS if any(map(_names_files, records)) else max(unit.rows for unit in units)
+        most = PIECE_ROWS if any(map(_names_files, records)) else PLAIN_PIECE_ROWS
         states = {file: file_state(file) for file in dict.fromkeys(unit.file for unit in units)}
     pieces = list(chain.from_iterable(Piece.of(unit, most) for unit in units))
     return PlannedSource(source=source, layout=layout, pieces=pieces, states=states)
@@ -147,7 +149,7 @@ def describe(mix: Mix, planned: list[PlannedSource]) -> dict[str, Any]:
         "sources": {
             one.source.name: {
                 "settings": {**one.source.identity(), "layout": one.layout},
-                "units": len(one.pieces),
+                "units": _digest(one.pieces),
                 "files": {printable(file): dict(state) for file, state in one.states.items()},
             }
             for one in planned
@@ -207,5 +209,11 @@ def _source_difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]
     if gone := [file for file in old["files"] if file not in new["files"]]:
         return f"file {gone[0]} of source {name} is gone"
     if old["units"] != new["units"]:
-        return f"source {name} was cut into {old['units']} units, now {new['units']}"
+        return f"the rows of source {name} have changed"
     return ""
+
+
+def _digest(pieces: list[Piece]) -> str:
+    """A text that changes with the rows of every piece, and with names and sizes of images in a folder."""
+    text = "\n".join(repr(piece) for piece in pieces)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

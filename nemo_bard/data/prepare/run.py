@@ -20,7 +20,7 @@ from nemo_bard.data.prepare.mix import Mix
 from nemo_bard.data.prepare.plan import PlannedSource, describe, plan_source, settle
 from nemo_bard.data.prepare.progress import Progress
 from nemo_bard.data.prepare.unit import do_unit
-from nemo_bard.data.prepare.workers import Workers, wait_for_workers_of_others
+from nemo_bard.data.prepare.workers import ENDING, Workers, wait_for_workers_of_others
 from nemo_bard.data.prepared.layout import Manifest, SourceEntry, is_prepared, load_manifest
 from nemo_bard.data.raw.unit import printable
 
@@ -57,20 +57,22 @@ def prepare(
         Interrupted: If a signal asked to stop.
     """
     folder, names = OutFolder(out), [source.name for source in mix.sources]
-    folder.check_own()
-    if is_locked(out):
-        raise ValueError(f"OUT {out} is in use by another run")
-    if mix.model is not None:
-        lengths.make_collator(mix.model)
-    planned = [plan_source(source, out) for source in mix.sources]
     with ExitStack() as stack:
+        stack.enter_context(_signals())
+        folder.check_own()
+        if is_locked(out):
+            raise ValueError(f"OUT {out} is in use by another run")
+        if mix.model is not None:
+            lengths.make_collator(mix.model)
+        planned = [plan_source(source, out) for source in mix.sources]
         stack.enter_context(locked(out, key="OUT", wait_seconds=LOCK_SECONDS))
         folder.check_own()
         finished = is_prepared(out)
+        if finished and retry:
+            raise ValueError(f"OUT {out} is whole already, --retry is for one that is not; prepare into another folder")
         settle(folder, describe(mix, planned), finished=finished)
         wait_for_workers_of_others(folder.state / WORKERS_LOCK)
         folder.sweep(names)
-        stack.enter_context(_signals())
         workers = stack.enter_context(Workers(jobs, folder.state / WORKERS_LOCK))
         if finished:
             manifest = _renew(mix, load_manifest(out))
@@ -81,7 +83,7 @@ def prepare(
             lengths.measure_all(folder, manifest, mix.model, workers, say)
         if not finished or manifest != load_manifest(out):
             manifest.write(out)
-    folder.forget_units()
+        folder.forget_units()
     return manifest
 
 
@@ -98,7 +100,7 @@ def _signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
         raise Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         previous[number] = signal.signal(number, stop)
     try:
         yield
@@ -126,7 +128,11 @@ def _make(
     """Do all units that are not done, and put them together."""
     works = [
         SourceWork(
-            index=i, source=one.source, layout=one.layout, files=[printable(piece.unit.file) for piece in one.pieces]
+            index=i,
+            source=one.source,
+            layout=one.layout,
+            files=[printable(piece.unit.file) for piece in one.pieces],
+            rows=one.rows,
         )
         for i, one in enumerate(planned)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -86,7 +86,8 @@ def file_state(file: str) -> dict[str, int]:
 class _Rows:
     """Collects what becomes of the rows of a unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
         self.rows: list[int] = []
         self.fates: list[int] = []
         self.keys: list[bytes] = []
@@ -99,6 +100,9 @@ class _Rows:
     def reject(self, row: int, name: str | None, error: RejectedError) -> None:
         self.add(row, REJECTED)
         self.rejects.append({"row": row, "id": name, "kind": error.kind, "reason": one_line(error)})
+        if self.unit.format == "images":
+            image = Path(self.unit.file, self.unit.place[row - self.unit.start])
+            self.rejects[-1]["file"] = printable(image)
 
     def arrays(self) -> UnitRows:
         return UnitRows(
@@ -123,10 +127,10 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
         OSError: If a file cannot be written.
         Stopped: If ``stopped`` says so.
     """
-    folder, found = OutFolder(task.out), _Rows()
+    folder, found = OutFolder(task.out), _Rows(task.piece.unit)
     path = folder.part(task.source, task.number)
     folder.forget_unit(task.source, task.number)
-    with ExitStack() as stack:
+    with _naming(path), ExitStack() as stack:
         part: PartWriter | None = None
         for number, sample in enumerate(_samples(task, found, stopped), 1):
             if part is None:
@@ -139,6 +143,17 @@ def do_unit(task: UnitTask, stopped: Callable[[], bool]) -> UnitRecord:
     record = UnitRecord(part=written, read=len(found.rows), rejects=found.rejects)
     folder.write_unit(task.source, task.number, record, found.arrays())
     return record
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of the system the name of the part, where they have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _samples(task: UnitTask, found: _Rows, stopped: Callable[[], bool]) -> Iterator[Sample]:

@@ -21,6 +21,9 @@ from nemo_bard.base.processes import die_with
 Job = Callable[[Any, Callable[[], bool]], Any]
 """From a task, and a question whether to stop, to a result; a function of a module."""
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask for an end; the main process answers them."""
+
 _stop: Any = None
 _lock: Any = None
 
@@ -65,7 +68,7 @@ class Workers:
     def submit(self, job: Job, task: Any) -> None:
         """Let a task be done."""
         if self._pool is not None:
-            with _telling_of_lost_workers():
+            with _telling_of_lost_workers(), _signals_held():  # what is started here inherits that
                 self._done[self._pool.submit(_do, job, task)] = task
             return
         future: Future[Any] = Future()
@@ -108,11 +111,21 @@ def _telling_of_lost_workers() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals that ask for an end wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(parent: int, event: Any, lock: str) -> None:
     """Make a worker: it ends with its parent, leaves signals to it, and holds the lock."""
     global _stop, _lock
     die_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     _stop = event
     _lock = open(lock, "a")  # noqa: SIM115  (for life)

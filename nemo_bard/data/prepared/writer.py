@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -60,11 +61,14 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._writer.close()
-            self._unfinished.unlink(missing_ok=True)
-            return
-        self._writer.finalize()
-        written = File.of(self._unfinished, self._rows)
-        self._unfinished.replace(self.path)
-        self.file = dataclasses.replace(written, name=self.path.name)
+        try:
+            if error is None:
+                self._writer.finalize()
+                written = File.of(self._unfinished, self._rows)
+                self._unfinished.replace(self.path)
+                self.file = dataclasses.replace(written, name=self.path.name)
+        finally:
+            if self.file is None:
+                with contextlib.suppress(OSError):  # on a full disk what is held cannot be written either
+                    self._writer.close()
+                self._unfinished.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def find_files(path: str | os.PathLike[str], split: str | None = None) -> Found:
     root = Path(path)
     if root.is_dir():
         _refuse_prepared(root)
-        return _choose(root, _of_split(root, list(_walk(root)), split))
+        return _choose(root, _walk(root), split)
     if root.is_file():
         if split not in (None, ALL):
             raise ValueError(f"split {split!r}: {printable(root)} is a file, splits are chosen among those of a folder")
@@ -91,7 +91,7 @@ def find_files(path: str | os.PathLike[str], split: str | None = None) -> Found:
     relative = [os.path.relpath(name, root) for name in dict.fromkeys(names)]
     if not relative:
         raise ValueError(f"no file is like {printable(path)}")
-    return _choose(root, _of_split(root, relative, split))
+    return _choose(root, relative, split)
 
 
 def _refuse_prepared(root: Path) -> None:
@@ -153,45 +153,58 @@ def _tells(text: str, split: str) -> bool:
     return text == split or any(word in words for word in KEYWORDS.get(split, (split,)))
 
 
-def _of_split(root: Path, names: list[str], split: str | None) -> list[str]:
-    """Those of the files that belong to a split."""
-    if split == ALL:
-        return names
-    usable = [name for name in names if _kind(name) or name.lower().endswith(IMAGES)]
-    splits = sorted({found for name in usable if (found := split_of(name)) is not None})
-    if split is None:
-        if len(splits) > 1:
-            raise ValueError(f"{printable(root)} holds the splits {', '.join(splits)}: set split to one, or to {ALL}")
-        return names
-    chosen = [name for name in names if split_of(name) == split]
-    if not chosen:  # a folder of that name, or a split that only the user knows
-        chosen = [
-            name
-            for name in names
-            if any(_tells(part, split) for part in (*PurePath(name).parts[:-1], PurePath(name).stem))
-        ]
-    if not any(_kind(name) or name.lower().endswith(IMAGES) for name in chosen):
-        raise ValueError(f"{printable(root)}: {not_one_of('split', split, [*splits, ALL])}")
-    return chosen
-
-
-def _choose(root: Path, names: Iterable[str]) -> Found:
-    """Sort files by kind: tables, or images with what describes them."""
+def _choose(root: Path, names: Iterable[str], split: str | None) -> Found:
+    """Sort files by kind: tables, or images with what describes them; and take those of a split."""
     names = list(names)
     images = [name for name in names if name.lower().endswith(IMAGES)]
     tables = [name for name in names if _kind(name) is not None]
     metadata = [name for name in tables if os.path.basename(name) in METADATA]
     if images and len(metadata) == len(tables):
-        return Found(root=root, images=images, metadata=[os.path.join(root, name) for name in metadata])
-    kinds = Counter(os.path.splitext(name)[1].lower() for name in tables)
-    if len({FORMATS[end] for end in kinds}) == 1:
-        return Found(root=root, files=[os.path.join(root, name) for name in tables])
-    found = ", ".join(f"{count} {end}" for end, count in sorted(kinds.items()))
-    if kinds:
-        example = os.path.join(printable(root), f"*{min(kinds)}")
+        chosen = _of_split(root, images, split)
+        return Found(root=root, images=chosen, metadata=_metadata(root, metadata, len(chosen) < len(images), split))
+    if not tables:
+        ends = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
         raise ValueError(
-            f"{printable(root)} holds files of several kinds ({found}): name one, or a pattern such as {example}"
+            f"{printable(root)} holds no data: found {_counted(ends)}; wanted {', '.join(FORMATS)} or images"
         )
-    others = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
-    found = ", ".join(f"{count} {end}" for end, count in others.most_common(5)) or "no file"
-    raise ValueError(f"{printable(root)} holds no data: found {found}; wanted {', '.join(FORMATS)} or images")
+    tables = _of_split(root, tables, split)
+    ends = Counter(os.path.splitext(name)[1].lower() for name in tables)
+    if len({FORMATS[end] for end in ends}) > 1:
+        example = os.path.join(printable(root), f"*{min(ends)}")
+        raise ValueError(
+            f"{printable(root)} holds files of several kinds ({_counted(ends)}): name one, or a pattern such as {example}"
+        )
+    return Found(root=root, files=[os.path.join(root, name) for name in tables])
+
+
+def _counted(ends: Counter[str]) -> str:
+    return ", ".join(f"{count} {end}" for end, count in sorted(ends.items())) or "no file"
+
+
+def _of_split(root: Path, names: list[str], split: str | None) -> list[str]:
+    """Those of the data files that belong to a split."""
+    splits = sorted({found for name in names if (found := split_of(name)) is not None})
+    if split == ALL or (split is None and len(splits) < 2):
+        return names
+    if split is None:
+        raise ValueError(f"{printable(root)} holds the splits {', '.join(splits)}: set split to one, or to {ALL}")
+    chosen = [name for name in names if split_of(name) == split]
+    if not chosen:  # a folder of that name, or a split that only the user knows
+        parts = {name: (*PurePath(name).parts[:-1], PurePath(name).stem) for name in names}
+        chosen = [name for name in names if any(_tells(part, split) for part in parts[name])]
+    if not chosen:
+        raise ValueError(f"{printable(root)}: {not_one_of('split', split, [*splits, ALL])}")
+    return chosen
+
+
+def _metadata(root: Path, names: list[str], is_part: bool, split: str | None) -> list[str]:
+    """Tables that describe the images, or those of a split of them."""
+    if is_part:
+        shared = next((name for name in names if split_of(name) is None), None)
+        if shared is not None:
+            raise ValueError(
+                f"{printable(root / shared)} describes images of all splits: put a table into the folder of each, or set"
+                f" split to {ALL}"
+            )
+        names = [name for name in names if split_of(name) == split]
+    return [os.path.join(root, name) for name in names]

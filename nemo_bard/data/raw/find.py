@@ -10,7 +10,7 @@ from itertools import chain
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.data.raw import archives, delimited, elements, hub, lines, pictures, tables
-from nemo_bard.data.raw.files import FORMATS, Found, find_files
+from nemo_bard.data.raw.files import FORMATS, IMAGES, Found, find_files
 from nemo_bard.data.raw.unit import Row, Rows, Unit, printable
 from nemo_bard.data.sample import RejectedError
 
@@ -78,9 +78,15 @@ def _image_units(found: Found) -> list[Unit]:
 
 
 def _named(unit: Unit) -> Iterator[str]:
+    """Images that the rows of a metadata table name."""
+    folder = os.path.dirname(os.path.abspath(unit.file))
     for _, row in read_unit(unit):
-        if not isinstance(row, RejectedError) and isinstance(row.get("image"), str):
-            yield row["image"]
+        if isinstance(row, RejectedError):
+            continue
+        for value in row.values():
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str) and name.lower().endswith(IMAGES):
+                    yield os.path.join(folder, name)
 
 
 def open_unit(unit: Unit) -> Rows:

@@ -54,7 +54,7 @@ def fetch(name: str, split: str | None) -> Found:
             hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision)
             for place in places
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if os.path.exists(repository) or isinstance(error, ValueError) and str(error).startswith(name):
             raise
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

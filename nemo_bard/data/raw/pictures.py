@@ -33,7 +33,7 @@ def units(folder: str, names: Sequence[str]) -> Iterator[Unit]:
 
 
 class PictureRows(Rows):
-    """Rows ``{file_name, image, text}`` of the images of a folder: its path, and the text of the file beside it."""
+    """Rows ``{id, file_name, image, text}`` of the images of a folder: its path, and the text of the file beside it."""
 
     def __getitem__(self, number: int) -> Row:
         """Read the text beside an image; null without one."""
@@ -47,7 +47,7 @@ class PictureRows(Rows):
             raise RejectedError("not_utf8", f"the text beside {printable(name)} is not UTF-8") from error
         except OSError as error:
             raise RejectedError("unreadable_row", f"the text of {printable(name)}: {one_line(error)}") from error
-        return {"file_name": name, "image": os.path.abspath(image), "text": text}
+        return {"id": printable(name), "file_name": name, "image": os.path.abspath(image), "text": text}
 
     def names(self, number: int) -> str:
         """The image."""

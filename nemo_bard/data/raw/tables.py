@@ -37,6 +37,10 @@ def parquet_units(file: str) -> Iterator[Unit]:
         with pyarrow.parquet.ParquetFile(file) as table:
             groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+            if min((size for _, size in sizes), default=0) < 0 or min((rows for rows, _ in sizes), default=0) < 0:
+                raise ValueError("a row group is of a negative size")
+            if sum(rows for rows, _ in sizes) != table.metadata.num_rows:
+                raise ValueError("its row groups are not all its rows")
     except _errors() as error:
         raise ValueError(f"{printable(file)} cannot be read as Parquet ({one_line(error)})") from error
     first = start = rows = size = 0
@@ -72,14 +76,16 @@ class ParquetRows(Rows):
         """Read on in batches of ``BATCH_ROWS``; rows behind a damage in a row group are errors."""
         first, end = self.unit.place
         for group in range(first, end):
-            left = int(self._edges[group - first + 1] - self._edges[group - first])
+            left = self._rows_of(group)
+            reason: BaseException = ValueError("it ends early")
             try:
                 for batch in self._open().iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False):
-                    yield from batch.to_pylist()
-                    left -= batch.num_rows
+                    yield from batch.slice(0, left).to_pylist()
+                    left -= min(batch.num_rows, left)
             except _errors() as error:
-                for _ in range(left):
-                    yield self._damaged(group, error)
+                reason = error
+            for _ in range(left):
+                yield self._damaged(group, reason)
 
     def __getitem__(self, number: int) -> Row:
         """Read a row, and its row group if that is not the last one read."""
@@ -88,13 +94,19 @@ class ParquetRows(Rows):
             self._kept = None
             group = self.unit.place[0] + place
             try:
-                self._kept = place, self._open().read_row_group(group, use_threads=False)
+                table = self._open().read_row_group(group, use_threads=False)
+                if table.num_rows != self._rows_of(group):
+                    raise ValueError("it ends early")
+                self._kept = place, table
             except _errors() as error:
                 raise self._damaged(group, error) from error
         return self._kept[1].slice(number - int(self._edges[place]), 1).to_pylist()[0]
 
     def _damaged(self, group: int, error: BaseException) -> RejectedError:
         return RejectedError("unreadable_row", f"row group {group} cannot be read ({one_line(error)})")
+
+    def _rows_of(self, group: int) -> int:
+        return int(np.diff(self._edges)[group - self.unit.place[0]])
 
     @cached_property
     def _edges(self) -> np.ndarray:

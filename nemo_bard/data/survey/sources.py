@@ -70,12 +70,14 @@ class PreparedSamples:
         return self.source.fingerprint()
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Raise ValueError for a folder that ``nemo-bard data prepare`` has begun and not finished."""
+def refuse_parts(folder: Path) -> None:
+    """Raise ValueError for a part of what ``nemo-bard data prepare`` makes: a folder not finished, or one of its sources."""
     if (folder / STATE).is_dir() and not is_prepared(folder):
         raise ValueError(
             f"{folder} is not whole: `nemo-bard data prepare` has not finished it; run the same command again"
         )
+    if folder.is_dir() and is_prepared(folder.resolve().parent):
+        raise ValueError(f"{folder} is a source of a prepared folder, which is to be given as a whole: {folder.parent}")
 
 
 def open_sources(data: str | Mapping[str, Any]) -> list[Source]:
@@ -91,7 +93,7 @@ def open_sources(data: str | Mapping[str, Any]) -> list[Source]:
         ValueError: If there is nothing, or it is empty.
     """
     if isinstance(data, str):
-        refuse_unfinished(Path(data))
+        refuse_parts(Path(data))
     if isinstance(data, str) and is_prepared(folder := Path(data)):
         manifest = load_manifest(folder)
         sources = [

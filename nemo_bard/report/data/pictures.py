@@ -50,7 +50,8 @@ def draw_histograms(survey: Survey, shades: Shades = LIGHT) -> bytes:
         raise ValueError("pictures need matplotlib, which is not installed (pip install nemo-bard[demo])") from error
 
     lines = _lines(survey)
-    titles = [title for title in dict.fromkeys(t for found in lines.values() for t in found) if _differs(lines, title)]
+    everything = list(dict.fromkeys(title for found in lines.values() for title in found if len(found[title])))
+    titles = [title for title in everything if _differs(lines, title)] or everything
     rows = max(-(-len(titles) // 2), 1)
     figure = Figure(figsize=(10.8, 2.9 * rows), layout="constrained", facecolor=shades.paper)
     FigureCanvasAgg(figure)
@@ -74,9 +75,9 @@ def _lines(survey: Survey) -> dict[str, dict[str, np.ndarray]]:
     """Distributions by the name of a line."""
     by_draws = sorted(survey.sources, key=lambda one: -one.draws.samples)
     own = by_draws if len(by_draws) <= MOST_LINES else by_draws[: MOST_LINES - 1]
-    lines = {one.source.name: distributions(survey, one) for one in own}
+    lines = {one.source.name: distributions(survey, one) for one in own if len(one.measured.glances)}
     if rest := by_draws[len(own) :]:
-        found = [distributions(survey, one) for one in rest]
+        found = [distributions(survey, one) for one in rest if len(one.measured.glances)]
         titles = dict.fromkeys(title for of_source in found for title in of_source)
         name = f"{len(rest)} others"
         lines[name] = {title: np.concatenate([f[title] for f in found if title in f]) for title in titles}
@@ -84,7 +85,7 @@ def _lines(survey: Survey) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _draw_panel(panel: Any, title: str, values: dict[str, np.ndarray], shades: Shades) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
     bounds = edges(list(values.values()))
     even = bool((np.diff(bounds) == 1).all())
@@ -99,7 +100,7 @@ def _draw_panel(panel: Any, title: str, values: dict[str, np.ndarray], shades: S
         panel.set_xscale("log")
         panel.xaxis.set_minor_formatter(NullFormatter())
     else:
-        panel.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(9, integer=True) if len(bounds) > 2 else FixedLocator([bounds[0]]))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     panel.set_ylim(bottom=0)
     panel.set_ylabel("% of samples", fontsize=8, color=shades.ink)

@@ -77,7 +77,7 @@ def show_sample(source: Source, index: int, collator: BlockDiffusionCollator | N
         item = source.data[index]
         facts["turns"], facts["images"] = read_turns(item["conversation"])
         if collator is not None:
-            facts["pieces"], facts["layout"] = lay_out(item["conversation"], collator)
+            facts["pieces"], facts["layout"] = lay_out(item, collator)
     except ERRORS as error:
         facts["problem"] = one_line(error)
     return Shown(**facts)
@@ -95,14 +95,14 @@ def read_turns(conversation: list[dict[str, Any]]) -> tuple[list[tuple[str, str]
     return turns, images
 
 
-def lay_out(conversation: list[dict[str, Any]], collator: BlockDiffusionCollator) -> tuple[list[Piece], SampleLayout]:
-    """Tokens of a conversation with what is supervised, and its training row.
+def lay_out(item: dict[str, Any], collator: BlockDiffusionCollator) -> tuple[list[Piece], SampleLayout]:
+    """Tokens of an item's conversation with what is supervised, and its training row.
 
     Raises:
         ValueError: If it cannot be trained on.
     """
-    collator.outline({"conversation": conversation, "sample_index": 0})
-    ids = encode(collator.processor, [conversation])["input_ids"][0]
+    collator.outline(item)
+    ids = encode(collator.processor, [item["conversation"]])["input_ids"][0]
     config = collator.config
     responses = find_responses(ids, config.assistant_header_ids, config.end_ids)
     chosen = responses if collator.turns == "all" else responses[-1:]

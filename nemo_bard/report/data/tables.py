@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nemo_bard.data.prepared.layout import SourceEntry
 from nemo_bard.data.survey.margins import Estimate
 from nemo_bard.data.survey.survey import SourceSurvey, Survey
 
@@ -21,7 +22,13 @@ class Table:
 
 def all_tables(survey: Survey) -> list[Table]:
     """Every table that there is something to say in, in order."""
-    tables = [run_table(survey), left_out_table(survey), kept_table(survey), padding_table(survey)]
+    tables = [
+        run_table(survey),
+        left_out_table(survey),
+        reasons_table(survey),
+        kept_table(survey),
+        padding_table(survey),
+    ]
     return [table for table in tables if table is not None]
 
 
@@ -56,37 +63,37 @@ def run_table(survey: Survey) -> Table:
 
 
 def left_out_table(survey: Survey) -> Table | None:
-    """Rows of the sources' files that are no samples, by reason; None unless the folder was prepared."""
-    entries = [one.source.entry for one in survey.sources]
-    known = [entry for entry in entries if entry is not None]
+    """How many rows of the sources' files are samples; None unless the folder was prepared."""
+    known = _entries(survey)
     if not known:
         return None
-    reasons = list(dict.fromkeys(reason for entry in known for reason in {**entry.filtered, **entry.rejected}))
     rows, remarks = [], []
     for entry in known:
-        counts = {**entry.filtered, **entry.rejected}
-        rows.append(
-            [
-                entry.name,
-                entry.layout,
-                f"{entry.read:,}",
-                *(f"{counts.get(r, 0):,}" for r in reasons),
-                f"{entry.rows:,}",
-            ]
-        )
+        duplicates = entry.rejected.get("duplicate", 0)
+        filtered, rejected = sum(entry.filtered.values()), sum(entry.rejected.values()) - duplicates
+        counts = (entry.read, filtered, rejected, duplicates, entry.rows)
+        rows.append([entry.name, entry.layout, *(f"{count:,}" for count in counts)])
         if entry.rows == entry.settings.get("limit"):
             remarks.append(f"{entry.name}: reading ended at its limit of {entry.rows:,} samples")
-        missing = entry.read - sum(counts.values()) - entry.rows
+        missing = entry.read - filtered - rejected - duplicates - entry.rows
         if missing:
             remarks.append(f"{entry.name}: {missing:,} of the rows read are in none of these columns")
-    header = [
-        "source",
-        "layout",
-        "read",
-        *(reason if "." in reason else reason.replace("_", " ") for reason in reasons),
-        "samples",
-    ]
+    header = ["source", "layout", "read", "filtered", "rejected", "duplicates", "samples"]
     return Table(title="Rows read, left out and kept", header=header, rows=rows, remarks=remarks)
+
+
+def reasons_table(survey: Survey) -> Table | None:
+    """Why rows were left out; None if none was."""
+    rows = [
+        [entry.name, reason if "." in reason else reason.replace("_", " "), f"{count:,}"]
+        for entry in _entries(survey)
+        for reason, count in {**entry.filtered, **entry.rejected}.items()
+    ]
+    return Table(title="Why rows were left out", header=["source", "reason", "rows"], rows=rows) if rows else None
+
+
+def _entries(survey: Survey) -> list[SourceEntry]:
+    return [one.source.entry for one in survey.sources if one.source.entry is not None]
 
 
 def kept_table(survey: Survey) -> Table | None:

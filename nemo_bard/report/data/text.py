@@ -38,15 +38,18 @@ def render_table(table: Table) -> str:
 
 def render_histograms(survey: Survey, signs: str) -> str:
     """One block of lines for each distribution, one line per source; sources share the classes."""
-    by_source = [(one.source.name, distributions(survey, one)) for one in survey.sources]
+    by_source = [(one.source.name, distributions(survey, one)) for one in survey.sources if len(one.measured.glances)]
+    if not by_source:
+        return "No row that was looked at can be used.\n"
     titles = list(dict.fromkeys(title for _, found in by_source for title in found))
     width = max(len(name) for name, _ in by_source)
-    by_source = [(name, found) for name, found in by_source if any(map(len, found.values()))]
     parts = []
     for title in titles:
         values = [(name, found[title]) for name, found in by_source if title in found]
+        if not any(len(of_source) for _, of_source in values):
+            continue
         bounds = edges([of_source for _, of_source in values])
-        if len(bounds) == 2 and any(len(of_source) for _, of_source in values):
+        if len(bounds) == 2:
             parts.append(f"{title}: always {short_number(bounds[0])}\n")
             continue
         low, high = short_number(bounds[0]), short_number(bounds[-1] - 1)
