@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,13 @@ from tqdm import tqdm
 
 from nemo_bard.data.collate import BlockDiffusionCollator
 from nemo_bard.data.lengths import UNKNOWN_LENGTH
+from nemo_bard.data.packs import Packs, none_fits
 from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.row_lengths import measured_rows
 from nemo_bard.data.stream import identity_of, is_ordered
-from nemo_bard.data.windows import pack_window
+from nemo_bard.data.windows import VISION_WEIGHT, WINDOW, plan_in_order
 
 logger = logging.getLogger(__name__)
-
-WINDOW = 4096
-"""Samples that are packed together: enough for full rows, few enough that long and short samples stay mixed."""
-_CHUNK = 2**15
-"""Rows that are summed at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packs:
-    """Which samples share a row."""
-
-    edges: np.ndarray
-    """``[rows + 1]`` int64: row ``i`` holds ``members[edges[i] : edges[i + 1]]``, at least one."""
-    members: np.ndarray
-    """Sample indices, ``[samples]`` int32 or int64; each sample once."""
-
-    def __len__(self) -> int:
-        return len(self.edges) - 1
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self.members[self.edges[index] : self.edges[index + 1]].tolist()
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum of a value per sample over each row, ``[rows]``."""
-        parts = []
-        for start in range(0, len(self), _CHUNK):
-            edges = self.edges[start : start + _CHUNK + 1]
-            parts.append(np.add.reduceat(values[self.members[edges[0] : edges[-1]]], edges[:-1] - edges[0]))
-        return np.concatenate(parts)
 
 
 def plan_packs(
@@ -62,14 +33,14 @@ def plan_packs(
     fits: np.ndarray | None = None,
     seed: int = 0,
     shuffle: bool = True,
-    mix_rows: bool = False,
     window: int = WINDOW,
 ) -> Packs:
     """Distribute samples over rows of at most ``max_length`` tokens.
 
-    The samples, shuffled, are taken a window at a time, with as many rows as they fill; see ``windows.pack_window``. What
-    fits nowhere waits for the next window. A row without vision tokens keeps one token free, because a batch without
-    images ends in a hidden image token.
+    The samples, shuffled, are taken a window at a time, with as many rows as they fill. The longest first, a sample goes
+    to the row with the smallest share of tokens (and, if it has any, of vision tokens) that has room; what fits nowhere
+    waits for the next window. A row without vision tokens keeps one token free, because a batch without images
+    ends in a hidden image token.
 
     Args:
         lengths: Tokens of each sample's training row, noisy copies included, ``[n]`` int.
@@ -79,58 +50,62 @@ def plan_packs(
             which the collator drops and counts, are dealt out among the rows.
         seed: Seed of the shuffle.
         shuffle: Shuffle before packing; without, rows follow the order of the samples from window to window.
-        mix_rows: Shuffle the rows of each window among themselves; without, those with the longest samples come first.
         window: Samples that are packed together.
 
     Returns:
-        The rows, a pure function of the arguments; every sample is in exactly one. Without ``shuffle``, more samples
-        give the same rows up to the last window.
+        The rows, a pure function of the arguments; every sample is in exactly one.
 
     Raises:
         ValueError: If no sample fits into a row.
     """
     fits = lengths <= max_length if fits is None else fits
     if not fits.any():
-        raise ValueError(
-            f"none of the {len(lengths)} samples fits into max_length or a row of {max_length} tokens; the shortest takes"
-            f" {lengths.min()}"
-        )
+        raise none_fits(lengths, max_length)
     assert lengths[fits].max() <= max_length
-    order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else None
-    members = np.empty(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
-    sizes: list[np.ndarray] = []
-    filled = 0
-    waiting = others = np.empty(0, dtype=np.int64)
-    for start in tqdm(range(0, len(lengths), window), desc="packing", unit="window", disable=None, delay=2):
-        end = min(start + window, len(lengths))
-        new = np.arange(start, end) if order is None else order[start:end]
-        taken, others = np.concatenate([waiting, new[fits[new]]]), np.concatenate([others, new[~fits[new]]])
-        if not len(taken):
-            continue
-        row_of = pack_window(
-            lengths[taken], vision_tokens[taken], max_length, leave_over=end < len(lengths), waited=len(waiting)
-        )
-        waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
-        if len(taken):
-            dice = np.random.default_rng([seed, start]) if mix_rows else None
-            there, counts = _rows_of(taken, row_of, others, dice)
-            members[filled : filled + len(there)] = there
-            sizes.append(counts)
-            filled, others = filled + len(there), others[:0]
-    members[filled:] = others
-    sizes[-1][-1] += len(others)
-    return Packs(edges=np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64), members=members)
+    order = np.flatnonzero(fits)
+    if shuffle:
+        order = np.random.default_rng(seed).permutation(order)
+    rows: list[list[int]] = []
+    waiting = order[:0]
+    for start in tqdm(range(0, len(order), window), desc="packing", unit="window", disable=None, delay=2):
+        taken = np.concatenate([waiting, order[start : start + window]])
+        is_last = start + window >= len(order)
+        packed, waiting = _pack(taken, lengths, vision_tokens, max_length, leave_over=not is_last)
+        rows += packed
+    for number, sample in enumerate(np.flatnonzero(~fits).tolist()):
+        rows[number % len(rows)].append(sample)
+    edges = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Packs(edges=edges, members=np.array([sample for row in rows for sample in row], dtype=np.int64))
 
 
-def _rows_of(
-    samples: np.ndarray, row_of: np.ndarray, others: np.ndarray, dice: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Samples in the order of their rows, ``others`` dealt out evenly among them, and how many each row has."""
-    used, row_of = np.unique(row_of, return_inverse=True)
-    if dice is not None:
-        row_of = dice.permutation(len(used))[row_of]
-    row_of = np.concatenate([row_of, np.arange(len(others)) * len(used) // max(len(others), 1)])
-    return np.concatenate([samples, others])[np.argsort(row_of, kind="stable")], np.bincount(row_of)
+def _pack(
+    samples: np.ndarray, lengths: np.ndarray, vision_tokens: np.ndarray, max_length: int, *, leave_over: bool
+) -> tuple[list[list[int]], np.ndarray]:
+    """Pack one window: its rows, and samples left over."""
+    total = int(lengths[samples].sum())
+    number = max(total // max_length if leave_over else -(-total // max_length), 1)
+    room = np.full(number, max_length, dtype=np.int64)
+    vision = np.zeros(number, dtype=np.int64)
+    rows: list[list[int]] = [[] for _ in range(number)]
+    vision_share = max(int(vision_tokens[samples].sum()) / number, 1.0)
+    left: list[int] = []
+    for sample in samples[np.argsort(-lengths[samples], kind="stable")].tolist():
+        length, seen = int(lengths[sample]), int(vision_tokens[sample])
+        load = -room / max_length + (VISION_WEIGHT / vision_share * vision if seen else 0.0)
+        needed = length if seen else length + (vision == 0)
+        load = np.where(room >= needed, load, np.inf)
+        row = int(load.argmin())
+        if np.isinf(load[row]):
+            if leave_over and length < max_length:
+                left.append(sample)
+                continue
+            row = len(rows)
+            room, vision = np.append(room, max_length), np.append(vision, 0)
+            rows.append([])
+        rows[row].append(sample)
+        room[row] -= length
+        vision[row] += seen
+    return [row for row in rows if row], np.array(left, dtype=np.int64)
 
 
 class PackedDataset:
@@ -183,7 +158,7 @@ def pack_dataset(
         collator: What will lay the samples out; ``max_row_length`` is that of the rows.
         cache_dir: See ``lengths.measured_once``.
         seed: See ``plan_packs``.
-        shuffle: See ``plan_packs``; a data set that is ``ordered`` is packed in its order all the same.
+        shuffle: See ``plan_packs``; a data set that is ``ordered`` keeps its order all the same (``windows.plan_in_order``).
         num_workers: Processes that measure.
         ranks: See ``lengths.measure``.
         drop_bad: Deal samples that cannot be measured out among the rows, as too long ones, instead of raising.
@@ -206,16 +181,10 @@ def pack_dataset(
             f" so do {len(overlong) - 1} others; raise max_length or set collate_fn.overlong: drop"
         )
     fits = lengths <= collator.max_length
-    ordered = is_ordered(dataset)
-    packs = plan_packs(
-        lengths,
-        vision,
-        collator.max_row_length,
-        fits=fits,
-        seed=seed,
-        shuffle=shuffle and not ordered,
-        mix_rows=ordered,
-    )
+    if is_ordered(dataset):
+        packs = plan_in_order(lengths, vision, collator.max_row_length, fits=fits, seed=seed)
+    else:
+        packs = plan_packs(lengths, vision, collator.max_row_length, fits=fits, seed=seed, shuffle=shuffle)
     lengths[~fits] = vision[~fits] = 0
     filled, seen = packs.sums(lengths), packs.sums(vision)
     logger.info(

@@ -1,15 +1,89 @@
-"""Packing of one window: which of a few thousand samples share a row."""
+"""Packing of samples whose order counts: window by window, many samples at a time."""
 
 from __future__ import annotations
 
 import numpy as np
+from tqdm import tqdm
 
+from nemo_bard.data.packs import Packs, none_fits
+
+WINDOW = 4096
+"""Samples that are packed together: enough for full rows, few enough that long and short samples stay mixed."""
 VISION_WEIGHT = 3.0
 """How much more than by its length a row is chosen by its vision tokens, for a sample that has some."""
 _ROOMY = 0.75
 """Rows with at least this part of the largest room get samples together."""
 _TIGHT = 0.9
 """From this part of the largest room on, a sample is long: rows are filled up, each with the longest sample that fits."""
+
+
+def plan_in_order(
+    lengths: np.ndarray,
+    vision_tokens: np.ndarray,
+    max_length: int,
+    *,
+    fits: np.ndarray | None = None,
+    seed: int = 0,
+    window: int = WINDOW,
+) -> Packs:
+    """Distribute samples whose order counts over rows of at most ``max_length`` tokens, many samples at a time.
+
+    Samples are taken a window at a time, with as many rows as they fill; see ``pack_window``. What fits nowhere waits for
+    the next window, where it comes first. A row without vision tokens keeps one token free, because a batch without
+    images ends in a hidden image token. The rows of a window are shuffled among themselves.
+
+    Args:
+        lengths: Tokens of each sample's training row, noisy copies included, ``[n]`` int.
+        vision_tokens: Vision tokens among them, ``[n]`` int.
+        max_length: Tokens of a row.
+        fits: Samples that are to be trained on, ``[n]`` bool; those of at most ``max_length`` tokens if None. The others,
+            which the collator drops and counts, are dealt out among the rows of their window.
+        seed: Seed of the shuffles.
+        window: Samples that are packed together.
+
+    Returns:
+        The rows, a pure function of the arguments; every sample is in exactly one. More samples give the same rows up to
+        the last window.
+
+    Raises:
+        ValueError: If no sample fits into a row.
+    """
+    fits = lengths <= max_length if fits is None else fits
+    if not fits.any():
+        raise none_fits(lengths, max_length)
+    assert lengths[fits].max() <= max_length
+    members = np.empty(len(lengths), dtype=np.int32 if len(lengths) < 2**31 else np.int64)
+    sizes: list[np.ndarray] = []
+    filled = 0
+    waiting = others = np.empty(0, dtype=np.int64)
+    for start in tqdm(range(0, len(lengths), window), desc="packing", unit="window", disable=None, delay=2):
+        end = min(start + window, len(lengths))
+        new = np.arange(start, end)
+        taken, others = np.concatenate([waiting, new[fits[new]]]), np.concatenate([others, new[~fits[new]]])
+        if not len(taken):
+            continue
+        row_of = pack_window(
+            lengths[taken], vision_tokens[taken], max_length, leave_over=end < len(lengths), waited=len(waiting)
+        )
+        waiting, taken, row_of = taken[row_of < 0], taken[row_of >= 0], row_of[row_of >= 0]
+        if len(taken):
+            there, counts = _rows_of(taken, row_of, others, np.random.default_rng([seed, start]))
+            members[filled : filled + len(there)] = there
+            sizes.append(counts)
+            filled, others = filled + len(there), others[:0]
+    members[filled:] = others
+    sizes[-1][-1] += len(others)
+    return Packs(edges=np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64), members=members)
+
+
+def _rows_of(
+    samples: np.ndarray, row_of: np.ndarray, others: np.ndarray, dice: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, ``others`` dealt out evenly among them, and how many each row has."""
+    used, row_of = np.unique(row_of, return_inverse=True)
+    row_of = dice.permutation(len(used))[row_of]
+    row_of = np.concatenate([row_of, np.arange(len(others)) * len(used) // max(len(others), 1)])
+    return np.concatenate([samples, others])[np.argsort(row_of, kind="stable")], np.bincount(row_of)
 
 
 def pack_window(

@@ -62,10 +62,14 @@ def workplace(demo, tmp_path, monkeypatch):
     (tmp_path / "runs/b4" / EXPORT).symlink_to(demo[0] / "pbm_b4/export")
     (tmp_path / "runs/b8" / EXPORT).symlink_to(demo[0] / "pbm_b8/export")
     (tmp_path / "Qwen3-VL-4B-Instruct").symlink_to(demo[0] / "source/export")
-    (tmp_path / "receipts").mkdir()
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "receipts/1.png")
+    for folder in ("receipts", "photos/receipts"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "white").save(tmp_path / folder / "1.png")
     Image.new("RGB", (64, 64), "white").save(tmp_path / "receipt.png")
-    (tmp_path / "train.jsonl").write_text(blocks("json")[0])
+    conversations, line = blocks("json")[:2]
+    (tmp_path / "photos/train.json").write_text(conversations)
+    (tmp_path / "train.jsonl").write_text(line)
+    (tmp_path / "mix.yaml").write_text(blocks("yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -127,6 +131,27 @@ def test_jsonl_line_is_read(workplace):
 
     sample = make_jsonl("train.jsonl")[0]
     assert [turn["role"] for turn in sample["conversation"]] == ["user", "assistant"]
+
+
+@pytest.mark.slow
+def test_data_commands_run(workplace):
+    """From a folder of images and LLaVA's JSON to a prepared folder that is looked at, checked and drawn from."""
+    from nemo_bard.data import MixtureDataset
+
+    lines = [words for words in commands("nemo-bard") if words[0] == "data"]
+    assert [words[1] for words in lines] == ["prepare", "show", "check"]
+    # the small model stands in for one of Qwen's vocabulary, which needs no start point
+    (workplace / "mix.yaml").write_text(blocks("yaml")[0].replace("Qwen3-VL-4B-Instruct", "start"))
+    for words in lines:
+        words = ["start" if word == "Qwen3-VL-4B-Instruct" else word for word in words]
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_bard.cli", *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert list((workplace / "prepared/photos").glob("lengths-*.npz"))
+    assert "What is the total?" in (workplace / "data.html").read_text(encoding="utf-8")
+    sample = MixtureDataset("prepared")[0]
+    assert sample["conversation"][1]["content"] == [{"type": "text", "text": "12.40 EUR"}]
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from prepared_folder import sample, write_prepared
 from nemo_bard.data.chosen import ChosenSamples
 from nemo_bard.data.digits import DigitsDataset
 from nemo_bard.data.jsonl import JsonlDataset
-from nemo_bard.data.packing import PackedDataset, Packs
+from nemo_bard.data.packing import PackedDataset
+from nemo_bard.data.packs import Packs
 from nemo_bard.data.prepared.dataset import PreparedDataset
 from nemo_bard.data.rows import RowsDataset
 from nemo_bard.data.stream import StreamSampler, identity_of, is_ordered

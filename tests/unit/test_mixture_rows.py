@@ -11,10 +11,10 @@ from test_packing import ROW, collator, like_llava_onevision, tiny  # noqa: F401
 
 from nemo_bard.data import MixtureDataset
 from nemo_bard.data.mixture.order import blend
-from nemo_bard.data.packing import pack_dataset, plan_packs
+from nemo_bard.data.packing import pack_dataset
 from nemo_bard.data.prepared.dataset import PreparedDataset
 from nemo_bard.data.row_lengths import measured_rows
-from nemo_bard.data.windows import pack_window
+from nemo_bard.data.windows import pack_window, plan_in_order
 
 SOURCES = {"charts": {"weight": 2}, "docs": {"weight": 1}}
 
@@ -99,7 +99,7 @@ def test_every_draw_is_in_one_row_whatever_the_loader_shuffles(tiny, folder, tmp
 
 def planned(count, window=1000, **settings):
     lengths, vision = like_llava_onevision(count)
-    return lengths, plan_packs(lengths, vision, ROW, shuffle=False, mix_rows=True, window=window, **settings)
+    return lengths, plan_in_order(lengths, vision, ROW, window=window, **settings)
 
 
 def test_rows_keep_the_proportions_of_the_order():
@@ -120,14 +120,7 @@ def test_rows_keep_the_proportions_of_the_order():
 def test_more_samples_go_on_with_the_same_rows():
     _, short = planned(5500)
     lengths, vision = like_llava_onevision(5500)
-    extended = plan_packs(
-        np.concatenate([lengths, lengths]),
-        np.concatenate([vision, vision]),
-        ROW,
-        shuffle=False,
-        mix_rows=True,
-        window=1000,
-    )
+    extended = plan_in_order(np.concatenate([lengths, lengths]), np.concatenate([vision, vision]), ROW, window=1000)
     same = int(short.edges[np.searchsorted(short.edges, 4500)])
     assert (extended.members[:same] == short.members[:same]).all()
 

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         " with their 95 % margins.",
     )
     parser.add_argument("path", metavar="PATH", help=PATH_HELP)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder whose processor counts tokens")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint (folder or hub name) whose processor counts tokens")
     parser.add_argument(
         "--block-size", type=options.positive, metavar="N", help="tokens per block (default: the model's, else 4)"
     )

@@ -42,15 +42,12 @@ def make_collator(model: str) -> Any:
     Raises:
         ValueError: If its processor or configuration cannot be read.
     """
-    from transformers import AutoProcessor
-
-    from nemo_bard.data.collate import BlockDiffusionCollator
-    from nemo_bard.model.configuration import BardVLConfig
+    from nemo_bard.data.survey.processor import load_collator
 
     try:
-        return BlockDiffusionCollator(AutoProcessor.from_pretrained(model), BardVLConfig.from_pretrained(model))
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model: the processor of {model} cannot be read ({one_line(error)})") from error
+        return load_collator(model)
+    except ValueError as error:
+        raise ValueError(f"model: {one_line(error)}") from error
 
 
 class _Headers:
