@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_bard.base.errors import nearest, not_one_of, one_line, short
 from nemo_bard.base.settings import Check
-from nemo_bard.generation.parameters import STRATEGIES, build_settings, setting_fields
+from nemo_bard.generation.parameters import STRATEGIES, GenerationSettings, build_settings, setting_fields
 
 MAX_TEMPERATURE = 2.0
 """As OpenAI's interface has it."""
@@ -150,7 +150,9 @@ def _value(
     if check.parse is bool and type(value) is int and value in (0, 1):
         value = bool(value)
     if key == "remasking_strategy":  # no dotted name but the server's own: it would import what a client names
-        names = dict.fromkeys([*STRATEGIES, *([defaults[key]] if defaults.get(key) else [])])
+        names: list[str] = list(
+            dict.fromkeys([*STRATEGIES, defaults.get(key) or GenerationSettings.remasking_strategy])
+        )
         if value not in names:
             raise not_one_of(name, value, names)
     check(name, value)
