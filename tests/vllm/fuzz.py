@@ -122,7 +122,7 @@ class Fuzz:
         except (ValueError, KeyError, TypeError):
             self.fail(f"case {index} ({one.kind}): not an error of OpenAI's: {data[:300]!r}")
             return
-        if not isinstance(message, str) or not message or len(message) > 5000:
+        if not isinstance(message, str) or not message or len(message) > 20_000:
             self.fail(f"case {index} ({one.kind}): message of {len(message)} characters")
 
     def ask_known(self, index: int) -> None:

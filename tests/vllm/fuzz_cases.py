@@ -117,7 +117,7 @@ UNSUPPORTED = [
     {"stop": [""]},
     {"messages": []},
     {"messages": "hello"},
-    {"messages": [{"role": "wizard", "content": "hello"}]},
+    {"messages": [{"role": 7, "content": "hello"}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     {"messages": [{"role": "user", "content": [{"type": "hologram", "hologram": "x"}]}]},
     {"messages": [{"content": "hello"}]},
