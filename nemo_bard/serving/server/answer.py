@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 from nemo_bard.generation.decode import StepRecord
+from nemo_bard.generation.resolve import DecodeSettings
 from nemo_bard.serving.server.worker import JobResult
 
 DONE = b"data: [DONE]\n\n"
@@ -70,20 +71,22 @@ def usage_of(prompt_tokens: int, response_tokens: int) -> dict[str, Any]:
     }
 
 
-def step_of(record: StepRecord, before: list[bool], tokenizer: Any, mask_token_id: int) -> dict[str, Any]:
+def step_of(record: StepRecord, before: list[bool], tokenizer: Any, settings: DecodeSettings) -> dict[str, Any]:
     """A denoising step as the page draws it.
 
     Args:
         record: The step, of one row.
         before: Which tokens of the block were visible before; changed to which are now.
         tokenizer: The model's.
-        mask_token_id: Its mask.
+        settings: Those of the call.
 
     Returns:
-        ``block``, ``step`` and ``cells``, one per token: text, state (``draft``, ``fixed`` in this step, ``revised`` in this
-        step, ``kept``) and the probability (null where the model was not asked).
+        ``block``, ``step``, ``end`` (place of the first end token in the block, null if it has none) and ``cells``, one per
+        token: text, state (``draft``, ``fixed`` in this step, ``revised`` in this step, ``kept``) and the probability
+        (null where the model was not asked).
     """
     assert record.draft is not None
+    end = next((i for i, token in enumerate(record.ids[0].tolist()) if token in settings.end_ids), None)
     cells = []
     columns = zip(
         record.ids[0].tolist(),
@@ -98,10 +101,10 @@ def step_of(record: StepRecord, before: list[bool], tokenizer: Any, mask_token_i
             before[place] = True
         else:
             state = "kept" if before[place] else "draft"
-        shown = draft if token == mask_token_id else token
+        shown = draft if token == settings.mask_token_id else token
         text = tokenizer.decode([shown], skip_special_tokens=False)
         cells.append([text, state, round(confidence, 4) if math.isfinite(confidence) else None])
-    return {"block": record.block, "step": record.step, "cells": cells}
+    return {"block": record.block, "step": record.step, "end": end, "cells": cells}
 
 
 def numbers_of(result: JobResult) -> dict[str, Any]:

@@ -84,9 +84,7 @@ class Preparer:
             raise ApiError(400, one_line(error), param=param) from error
         tokens = batch["input_ids"].shape[1]
         self._check_length(tokens)
-        return Prepared(
-            asked=asked, drafts=drafts, batch=batch, prompt_tokens=tokens, config=config, settings=resolved
-        )
+        return Prepared(asked=asked, drafts=drafts, batch=batch, prompt_tokens=tokens, config=config, settings=resolved)
 
     def _check_keys(self, body: Mapping[str, Any], asked: Asked) -> bool:
         """Check what only this server has to say something to; returns whether drafts are wanted."""

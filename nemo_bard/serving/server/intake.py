@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from nemo_bard.serving.server.errors import ApiError, Cancelled
 from nemo_bard.serving.server.settings import ServerSettings
@@ -75,17 +75,16 @@ class Intake:
         if length.isascii() and length.isdigit() and len(length) < 19:
             self._check(int(length))
         pieces: list[bytes] = []
-        stream = request.stream()
-        while True:
+        more = True
+        while more:
             try:
-                piece = await asyncio.wait_for(anext(stream), self.settings.stall_seconds)
-            except StopAsyncIteration:
-                return b"".join(pieces)
+                message = await asyncio.wait_for(request.receive(), self.settings.stall_seconds)
             except TimeoutError as error:
                 seconds = self.settings.stall_seconds
                 raise ApiError(408, f"nothing came for {seconds:g} s", headers={"Connection": "close"}) from error
-            except ClientDisconnect as error:
-                raise Cancelled from error
+            if message["type"] == "http.disconnect":
+                raise Cancelled
+            piece, more = message.get("body", b""), message.get("more_body", False)
             mine[0] += len(piece)
             self.held += len(piece)
             self._check(mine[0])
@@ -93,6 +92,7 @@ class Intake:
                 message = "other requests are being read; try again in 1 s"
                 raise ApiError(429, message, headers={"Retry-After": "1", "Connection": "close"})
             pieces.append(piece)
+        return b"".join(pieces)
 
     def _check(self, size: int) -> None:
         most = self.settings.max_body

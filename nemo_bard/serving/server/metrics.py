@@ -14,8 +14,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         room = {"namespace": "nemo_bard", "registry": self.registry}
-        self.requests = Counter("requests", "Answered requests of chat completions by status", ["status"], **room)
-        self.cancelled = Counter("requests_cancelled", "Requests whose client went away", **room)
+        self.requests = Counter(
+            "requests", "Requests of chat completions by status, 499 those whose client went away", ["status"], **room
+        )
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens, images included", **room)
         self.response_tokens = Counter("response_tokens", "Response tokens, end tokens included", **room)
         self.forwards = Counter("forwards", "Forwards of the language model, prompts included", **room)

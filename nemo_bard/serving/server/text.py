@@ -21,8 +21,8 @@ class ResponseText:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
         self.tokenizer, self.stop, self.skip = tokenizer, list(stop), skip_special_tokens
         self.ids: list[int] = []
-        self.said = 0
-        """Characters handed out."""
+        self.text = ""
+        """What was handed out."""
         self.stopped_by: str | None = None
 
     @property
@@ -47,7 +47,8 @@ class ResponseText:
         return "" if self.stopped_by is not None else self._say(self._decode(self.ids))
 
     def _say(self, text: str) -> str:
-        new, self.said = text[self.said :], max(self.said, len(text))
+        new = text[len(self.text) :]
+        self.text += new
         return new
 
     def _decode(self, ids: Sequence[int]) -> str:
