@@ -49,5 +49,5 @@ def error_body(status: int, message: str, *, param: str | None = None, code: str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Cancelled(Exception):  # noqa: N818  (an end, no error)
+class Cancelled(Exception):
     """Ends the decoding of a request whose client has gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def serve(folder: Path, settings: ServerSettings, *, device: str | None, dtype: 
         )
         sys.stderr.write(f"{name}: http://{address(listener)} (page at /, API at /v1)\n")
         sys.stderr.flush()
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends in order, and then sends the signal once more
+            signal.signal(number, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -83,6 +83,7 @@ async function ask() {
   el('status').textContent = 'waiting';
   picture.clear();
   el('text').textContent = '';
+  if (el('answer').getBoundingClientRect().top > innerHeight / 2) el('answer').scrollIntoView({ block: 'start' });
   try {
     const response = await fetch('v1/chat/completions', {
       method: 'POST', headers: headers(), body: JSON.stringify(body()), signal: running.signal,

@@ -108,7 +108,7 @@ export class Picture {
     this.el('tokens').replaceChildren(...blocks.map(block => this.block(block, mode, most)));
     this.el('slider').value = this.now;
     const fixed = step ? step.cells.filter(cell => cell[1] === 'fixed' || cell[1] === 'revised').length : 0;
-    const words = step ? `Forward ${this.now} of ${this.steps.length}: block ${step.block + 1}, step ${step.step + 1}, ${fixed} tokens fixed` : '';
+    const words = step ? `Forward ${this.now} of ${this.steps.length}: block ${step.block + 1}, step ${step.step + 1}, ${fixed} ${fixed === 1 ? 'token' : 'tokens'} fixed` : '';
     this.el('slider').setAttribute('aria-valuetext', words);
     const end = { length: '; cut at max tokens', stop: '' }[this.reason] || '';
     this.el('step').textContent = words ? words + (this.now === this.steps.length && this.numbers ? end : '') : 'Nothing to show yet.';
@@ -149,7 +149,7 @@ export class Picture {
   token(cell, after, mode, most) {
     const box = document.createElement('span'), note = document.createElement('small');
     box.className = 'token';
-    box.textContent = shown(cell.text);
+    box.textContent = after ? '\u00b7' : shown(cell.text);
     box.classList.toggle('draft', cell.draft);
     box.classList.toggle('now', cell.fresh);
     box.classList.toggle('revised', cell.revised);
@@ -163,7 +163,7 @@ export class Picture {
     }
     box.title = `${JSON.stringify(cell.text)}, ${cell.draft ? 'masked, draft' : `fixed in step ${cell.step + 1}`}`
       + (cell.confidence === null ? '' : `, confidence ${cell.confidence.toFixed(3)}`) + (after ? '; after the end, no part of the answer' : '');
-    box.append(note);
+    if (!after) box.append(note);
     return box;
   }
 }

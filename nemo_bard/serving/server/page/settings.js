@@ -45,6 +45,7 @@ export class SettingsForm {
     const field = { setting, label, input };
     this.put(field);
     input.addEventListener('input', () => this.mark());
+    if (setting.kind === 'choice') [label, input].forEach(node => node.classList.add('wide'));
     room.append(label, input);
     return field;
   }
