@@ -82,7 +82,6 @@ async function ask() {
   el('stop').disabled = false;
   el('status').textContent = 'waiting';
   picture.clear();
-  el('text').textContent = '';
   if (el('answer').getBoundingClientRect().top > innerHeight / 2) el('answer').scrollIntoView({ block: 'start' });
   try {
     const response = await fetch('v1/chat/completions', {

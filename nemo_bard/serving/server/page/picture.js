@@ -54,7 +54,7 @@ export class Picture {
 
   addText(text) {
     this.text += text;
-    this.el('text').textContent = this.text;
+    this.words();
   }
 
   ended(reason) { this.reason = reason; }
@@ -113,8 +113,16 @@ export class Picture {
     const end = { length: '; cut at max tokens', stop: '' }[this.reason] || '';
     this.el('step').textContent = words ? words + (this.now === this.steps.length && this.numbers ? end : '') : 'Nothing to show yet.';
     this.count(blocks);
+    this.words(blocks);
     this.el('scale').style.background = `linear-gradient(90deg, ${COLORS[mode].map(c => `rgb(${c})`).join(', ')})`;
     this.el('scale-words').textContent = mode === 'step' ? `step 1 to ${most + 1} of a block` : 'confidence 0 to 1';
+  }
+
+  /** The text: what the server said at the end, before that what the cells hold. */
+  words(blocks = this.state(this.now)) {
+    const cells = blocks.flatMap(block => (block.end === null ? block.cells : block.cells.slice(0, block.end)));
+    const whole = this.now === this.steps.length;
+    this.el('text').textContent = whole ? this.text : cells.map(cell => (cell.draft ? '\u2592' : cell.text)).join('');
   }
 
   count(blocks) {
