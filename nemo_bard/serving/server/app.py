@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -61,7 +62,7 @@ def make_app(model: Any, processor: Any, name: str, settings: ServerSettings) ->
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
-        thread.close()
+        await asyncio.to_thread(thread.close)
 
     app = FastAPI(
         title="nemo-bard", lifespan=lifespan, openapi_url=None

@@ -19,6 +19,7 @@ from nemo_bard.serving.server.worker import DecodingThread
 
 CLIENT_GONE = 499
 """What metrics call a request whose client went away."""
+STOPPING = 503
 
 
 class Completions:
@@ -37,13 +38,28 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        status = 500
+        status, started = 500, False
+
+        async def patient(message: Any) -> None:
+            """Send, and leave a client that reads nothing."""
+            nonlocal started
+            started = True
+            try:
+                await asyncio.wait_for(send(message), self.settings.stall_seconds)
+            except TimeoutError as error:
+                raise Cancelled from error
+
         try:
-            await self._answer(Request(scope, receive), receive, self._patient(send))
+            await self._answer(Request(scope, receive), receive, patient)
             status = 200
         except ApiError as error:
             status = error.status
             raise
+        except asyncio.CancelledError as error:
+            status = STOPPING
+            if started:
+                raise
+            raise ApiError(status, "the server is stopping", headers={"Connection": "close"}) from error
         except Cancelled:
             status = CLIENT_GONE
         finally:
@@ -62,17 +78,6 @@ class Completions:
                     await exchange.run(raw, send)
                 finally:
                     gone.cancel()
-
-    def _patient(self, send: Send) -> Send:
-        """Sending that leaves a client that reads nothing."""
-
-        async def patient(message: Any) -> None:
-            try:
-                await asyncio.wait_for(send(message), self.settings.stall_seconds)
-            except TimeoutError as error:
-                raise Cancelled from error
-
-        return patient
 
 
 async def _gone(receive: Receive) -> None:
