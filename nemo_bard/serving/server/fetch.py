@@ -66,8 +66,11 @@ def _get(url: str, deadline: float, max_bytes: int) -> tuple[bytes, str | None]:
         if response.status != 200:
             raise ValueError(f"status {response.status}")
         data = response.read(max_bytes + 1)
+        _left(deadline)
         if len(data) > max_bytes:
             raise ValueError(f"it has more than {max_bytes} bytes")
+        if response.length:
+            raise ValueError(f"{response.length} bytes are missing at its end")
         return data, None
     except (OSError, http.client.HTTPException):
         _left(deadline)
@@ -90,7 +93,7 @@ def _connect(parts: SplitResult, deadline: float) -> socket.socket:
     for *_, address in found:
         if not is_public(str(address[0])):
             raise ValueError(f"{parts.hostname} is {address[0]}, which is no public address")
-    return socket.create_connection(found[0][4][:2], timeout=_left(deadline))
+    return socket.create_connection((str(found[0][4][0]), port), timeout=_left(deadline))
 
 
 def _secured(sock: socket.socket, parts: SplitResult) -> socket.socket:
