@@ -94,6 +94,9 @@ setup(
         "nemo_automodel.architectures": [
             "BardVLForConditionalGeneration = nemo_bard.model:BardVLForConditionalGeneration",
         ],
+        "vllm.general_plugins": [
+            "bard_vl = nemo_bard.serving.vllm:register",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",
