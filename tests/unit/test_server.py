@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -319,6 +320,29 @@ class TestClientsThatGo:
     def test_a_client_that_sends_nothing_more_gets_408(self, port):
         with send_raw(port, b'{"model"', length=100) as sock:
             assert sock.recv(12) == b"HTTP/1.1 408"
+
+    def test_a_client_that_reads_nothing_is_left(self, loaded):
+        from nemo_bard.serving.server.app import make_app
+        from nemo_bard.serving.server.settings import ServerSettings
+
+        app = make_app(*loaded, "tiny", ServerSettings(stall_seconds=0.2))
+        body = json.dumps(ask("one two three", stream=True)).encode()
+        sent, messages = [], [{"type": "http.request", "body": body}]
+
+        async def receive():
+            return messages.pop() if messages else await asyncio.sleep(60)
+
+        async def send(message):
+            sent.append(message["type"])
+            if len(sent) == 2:
+                await asyncio.sleep(60)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": ""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http"}
+        asyncio.run(asyncio.wait_for(app({**scope, "server": ("x", 80)}, receive, send), 20))
+        assert sent == ["http.response.start", "http.response.body"]
+        assert app.state.thread.admitted == 0
+        app.state.thread.close()
 
     def test_five_hundred_connections_and_a_living_server(self, port, loaded):
         stalled = [send_raw(port, b"{", length=50) for _ in range(250)]
