@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("nemo_bard.cli.commands.merge", "add LoRA adapters to their base checkpoint"),
     "generate": ("nemo_bard.cli.commands.generate", "answer a prompt, or a file of prompts"),
     "evaluate": ("nemo_bard.cli.commands.evaluate", "score a checkpoint on a data set, with its speed"),
+    "eval": ("nemo_bard.cli.commands.eval", "run public benchmarks through lmms-eval"),
     "calibrate": ("nemo_bard.cli.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),
     "plan": ("nemo_bard.cli.commands.plan", "estimate memory, time per step and days of a training run"),
     "data": ("nemo_bard.cli.commands.data", "prepare, show and check data sets"),

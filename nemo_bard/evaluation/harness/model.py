@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,13 +130,15 @@ class BardVL(lmms):
         speed, answers = Speed(), [[] for _ in requests]
         infos: list[Any] = [None] * len(requests)
         active, number = list(range(len(requests))), 0
-        while active:
+        while True:
             questions = []
             for place in active:
                 messages, infos[place] = self._round(requests[place], number, answers[place], infos[place])
                 if messages is not None:
                     questions.append(self._asked(place, requests[place], messages))
             active = [question.place for question in questions]
+            if not active:
+                break
             found = self._answer([q._replace(place=i) for i, q in enumerate(questions)], speed, f"round {number + 1}")
             for place, result in zip(active, found, strict=True):
                 answers[place].append(result.text)
@@ -214,39 +217,32 @@ class BardVL(lmms):
         """
         logger.info(self._method_line())
         results: list[tuple[float, bool]] = []
-        known: dict[Any, tuple[Any, list[int]]] = {}
+        prompt, inputs, greedy = None, None, []
         for request in tqdm(requests, desc="likelihoods", disable=self.rank != 0):
             if len(request.args) != 6:
                 raise ValueError("the metric acc_mutual_info is not supported: bard_vl answers prompts alone")
             context, target, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             response = self._response_ids(target(doc) if callable(target) else target)
-            key = (task, split, doc_id, context)
-            if key not in known or len(known[key][1]) < len(response):
-                name = f"{task} {split} {doc_id}"
-                question = Question(
-                    0,
-                    name,
-                    lambda c=context, v=doc_to_visual, d=doc: read_messages(
-                        user_turn(v(d), c), self.settings.system_prompt
-                    ),
-                    {},
-                    0,
-                )
-                inputs = encode_prompts(self.processor, [_opened(question)])
-                known = {key: (inputs, self._greedy(inputs, len(response)))}
-            inputs, greedy = known[key]
-            found = response_likelihood(
-                self.net,
-                inputs,
-                response,
-                method=self.method,
-                draws=self.settings.likelihood_draws,
-                seed=self.settings.likelihood_seed,
-            )
-            value = found.log_prob if callable(target) else -found.log_prob
-            results.append((value, greedy[: len(response)] == response.tolist()))
+            with _named(f"{task} {split} {doc_id}"):
+                if prompt != (prompt := (task, split, doc_id, context)):  # the choices of a question come one by one
+                    turns = read_messages(user_turn(doc_to_visual(doc), context), self.settings.system_prompt)
+                    inputs, greedy = encode_prompts(self.processor, [turns]), []
+                value = self._log_prob(inputs, response)
+            if len(greedy) < len(response):
+                greedy = self._greedy(inputs, len(response))
+            results.append((value if callable(target) else -value, greedy[: len(response)] == response.tolist()))
         return results
+
+    def _log_prob(self, inputs: Any, response: torch.Tensor) -> float:
+        return response_likelihood(
+            self.net,
+            inputs,
+            response,
+            method=self.method,
+            draws=self.settings.likelihood_draws,
+            seed=self.settings.likelihood_seed,
+        ).log_prob
 
     def _method_line(self) -> str:
         if self.method == "exact":
@@ -294,11 +290,18 @@ class SimpleBardVL(BardVL):
         raise ValueError("tasks of several rounds need lmms-eval's chat interface; run them without --force_simple")
 
 
-def _opened(question: Question) -> Conversation:
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of a sample before what is wrong with it."""
     try:
-        return question.open()
+        yield
     except ValueError as error:
-        raise ValueError(f"{question.name}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _opened(question: Question) -> Conversation:
+    with _named(question.name):
+        return question.open()
 
 
 def _share_of_machine(settings: HarnessSettings) -> tuple[Any, str | None]:
