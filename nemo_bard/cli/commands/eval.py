@@ -31,11 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog=_EPILOG.format(tasks=", ".join(PUBLISHED)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_model_flags(parser)
-    for action in parser._actions:
-        if action.dest == "model":
-            action.required, action.type, action.metavar = False, str, "DIR"
-            action.help = "checkpoint folder; with --server the served name (default: the only one)"
+    parser.error = options.raise_error
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder; with --server the served name (default: the only one)"
+    )
+    parser.add_argument("--device", help=options.DEVICE_HELP)
+    parser.add_argument("--dtype", default="auto", help=options.DTYPE_HELP)
     parser.add_argument(
         "--server", metavar="URL", help="ask an OpenAI-compatible server in place of loading a checkpoint"
     )

@@ -77,7 +77,7 @@ def read_model_args(values: Mapping[str, Any]) -> tuple[HarnessSettings, dict[st
 
 
 def read_value(name: str, value: Any, check: Check) -> Any:
-    """A value as its setting has it: lmms-eval reads ``-1`` as ``-1.0`` and leaves ``7;8`` a word.
+    """A value as its setting has it: lmms-eval reads ``-1`` as ``-1.0`` and leaves ``[7,8]`` a word.
 
     Raises:
         ValueError: For a word where the setting takes none.
@@ -86,7 +86,7 @@ def read_value(name: str, value: Any, check: Check) -> Any:
         return None
     if isinstance(value, str) and check.parse not in (str, bool):
         try:
-            return check.parse(value)
+            return check.parse(value.strip("[]"))
         except ValueError as error:
             raise ValueError(f"{name} must be {check.allowed}, got {value!r}") from error
     if isinstance(value, float) and value.is_integer() and not check.test(value):

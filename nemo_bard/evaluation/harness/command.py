@@ -65,7 +65,8 @@ def build_command(plan: Plan) -> list[str]:
     model_args = _server_args(plan) if plan.server else _checkpoint_args(plan)
     words = [sys.executable, "-m", "lmms_eval", "--model", "async_openai" if plan.server else MODEL_NAME]
     words += ["--model_args", _notation(model_args), "--tasks", ",".join(plan.tasks)]
-    words += ["--batch_size", "1" if plan.server else str(plan.batch_size)]
+    if not plan.server:
+        words += ["--batch_size", str(plan.batch_size)]
     of_requests = {name: plan.decoding[name] for name in REQUEST_SETTINGS if name in plan.decoding}
     if of_requests.get("temperature"):
         of_requests["do_sample"] = True
@@ -129,8 +130,10 @@ def _notation(values: Mapping[str, Any]) -> str:
     """
     words = []
     for name, value in values.items():
-        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        if any(sign in text for sign in ",'\"[]{}") or text != text.strip():
+        text = str(value)
+        if isinstance(value, (list, tuple)):
+            text = f"[{','.join(map(str, value))}]"
+        elif any(sign in text for sign in ",'\"[]{}") or text != text.strip():
             raise ValueError(
                 f"{name} {text!r} cannot be written as an argument of lmms-eval: it holds , ' \" [ ] {{ or }}"
             )

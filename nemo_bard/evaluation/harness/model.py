@@ -62,7 +62,7 @@ class Speed:
         self.seconds += seconds
         self.answers += len(answers)
 
-    def log(self, rank: int) -> None:
+    def log(self) -> None:
         """Hand over to lmms-eval; prompts, the processor and the reading of files are in none of the numbers."""
         if not self.answers:
             return
@@ -74,7 +74,6 @@ class Speed:
                 "total_requests": self.answers,
                 "tokens_per_forward": self.tokens / (self.denoising_forwards + self.commit_forwards),
                 "tokens_per_denoising_forward": self.tokens / self.denoising_forwards,
-                "rank": rank,
             },
         )
 
@@ -119,7 +118,7 @@ class BardVL(lmms):
         questions = [self.question(place, request) for place, request in enumerate(requests)]
         speed = Speed()
         results = self._answer(questions, speed, "answering")
-        speed.log(self.rank)
+        speed.log()
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
@@ -143,7 +142,7 @@ class BardVL(lmms):
             for place, result in zip(active, found, strict=True):
                 answers[place].append(result.text)
             number += 1
-        speed.log(self.rank)
+        speed.log()
         return answers
 
     def question(self, place: int, request: Instance) -> Question:
