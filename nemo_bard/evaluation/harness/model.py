@@ -207,15 +207,16 @@ class BardVL(lmms):
             logger.warning(text)
 
     # ------------------ likelihoods ------------------
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """How likely continuations are, and whether decoding at temperature 0 gives them.
 
         A continuation's leading blanks, which a task's delimiter puts there, are left out: a turn does not begin with any.
         Where a task is ``multiple_choice``, lmms-eval 0.7 chooses the continuation with the least number, so that it gets
-        the negative; with ``loglikelihood`` the log-probability itself.
+        the negative; with ``loglikelihood`` the log-probability itself. Pairs are results' texts, because lmms-eval 0.7.3
+        turns a bare pair into a string (``unwrap_generation_output``), which its scoring then cannot read.
         """
         logger.info(self._method_line())
-        results: list[tuple[float, bool]] = []
+        results: list[GenerationResult] = []
         prompt, inputs, greedy = None, None, []
         for request in tqdm(requests, desc="likelihoods", disable=self.rank != 0):
             if len(request.args) != 6:
@@ -230,7 +231,8 @@ class BardVL(lmms):
                 value = self._log_prob(inputs, response)
             if len(greedy) < len(response):
                 greedy = self._greedy(inputs, len(response))
-            results.append((value if callable(target) else -value, greedy[: len(response)] == response.tolist()))
+            pair = (value if callable(target) else -value, greedy[: len(response)] == response.tolist())
+            results.append(GenerationResult(pair, TokenCounts(output_tokens=len(response))))
         return results
 
     def _log_prob(self, inputs: Any, response: torch.Tensor) -> float:
