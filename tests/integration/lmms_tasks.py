@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-UTILS = '''
+UTILS = """
 def visual(doc):
     return [doc["image"]]
 
@@ -37,7 +37,7 @@ def score(doc, results):
 def score_rounds(doc, results):
     found = results[0] if isinstance(results[0], list) else results
     return {"right": float(found[0] == doc["answer"]), "rounds": len(found)}
-'''
+"""
 COMMON = """
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {folder}/digits.parquet}}}}
