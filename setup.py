@@ -91,6 +91,7 @@ setup(
             "automodel = nemo_bard.cli:automodel",
             "nemo-bard = nemo_bard.cli:main",
         ],
+        "lmms_eval.models": ["bard_vl = nemo_bard.evaluation.harness:manifest"],
         "nemo_automodel.architectures": [
             "BardVLForConditionalGeneration = nemo_bard.model:BardVLForConditionalGeneration",
         ],

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("nemo_bard.cli.commands.generate", "answer a prompt, or a file of prompts"),
     "serve": ("nemo_bard.cli.commands.serve", "serve a checkpoint with OpenAI's interface and a web page"),
     "evaluate": ("nemo_bard.cli.commands.evaluate", "score a checkpoint on a data set, with its speed"),
+    "eval": ("nemo_bard.cli.commands.eval", "run public benchmarks through lmms-eval"),
     "calibrate": ("nemo_bard.cli.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),
     "plan": ("nemo_bard.cli.commands.plan", "estimate memory, time per step and days of a training run"),
     "data": ("nemo_bard.cli.commands.data", "prepare, show and check data sets"),
