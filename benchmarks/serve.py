@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     asked.add_argument("--xargs", type=json.loads, default={}, metavar="JSON", help="decode settings, not the rival's")
     asked.add_argument("--tokenizer", type=Path, metavar="DIR", help="counts tokens instead of the server's usage")
     asked.add_argument("--timeout", type=float, default=600, metavar="S", help="in which a server must say something")
+    parser.add_argument("--exact", action="store_true", help="exit code 1 if answers differ, as they may in bfloat16")
     parser.add_argument("--output", type=Path, help="result file; the plot is beside it")
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -288,7 +289,7 @@ def facts(args: argparse.Namespace) -> Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and report; 1 if a row failed or an answer was unequal."""
+    """Measure and report; 1 if a row failed or a request did, with ``--exact`` also if an answer was unequal."""
     prompts = read_prompts(args)
     if args.write_prompts is not None:
         write_prompts(args.write_prompts, prompts)
@@ -308,7 +309,13 @@ def run(args: argparse.Namespace) -> int:
             results.add({"server": name, "failed": one_line(error)})
     sys.stdout.write(table(results.rows, COLUMNS) + "\n")
     plot(results.rows, results.path.with_suffix(".png"))
-    return int(any("failed" in row or row["errors"] for row in results.rows))
+    wrong = any("failed" in row or row["errors"] for row in results.rows)
+    return int(wrong or (args.exact and any(unequal(row) for row in results.rows)))
+
+
+def unequal(row: Row) -> bool:
+    """Whether an answer is another than alone or in the reference."""
+    return any(row.get(f"{name}_equal") != row.get(f"{name}_compared") for name in ("solo", "reference"))
 
 
 def main(argv: list[str] | None = None) -> int:
