@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import resource
 import signal
 import socket
@@ -12,7 +13,7 @@ import uvicorn
 
 from nemo_bard.evaluation.responder import load_checkpoint
 from nemo_bard.serving.server.app import make_app
-from nemo_bard.serving.server.settings import ServerSettings
+from nemo_bard.serving.server.settings import KEY_VARIABLE, ServerSettings
 
 KEEP_ALIVE_SECONDS = 5
 FILES = 4096
@@ -47,6 +48,8 @@ def serve(folder: Path, settings: ServerSettings, *, device: str | None, dtype: 
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         )
         sys.stderr.write(f"{name}: http://{address(listener)} (page at /, API at /v1)\n")
+        if settings.api_key is None and not is_local(listener):
+            sys.stderr.write(f"everybody who reaches {settings.host} can use it; {KEY_VARIABLE} would be its key\n")
         sys.stderr.flush()
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends in order, and then sends the signal once more
             signal.signal(number, lambda *_: None)
@@ -67,6 +70,11 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"host {host}, port {port} cannot be had ({error.strerror}); choose another --port") from error
     return listener
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether only this machine reaches a socket."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def address(listener: socket.socket) -> str:
