@@ -1,6 +1,6 @@
 """Answers the cases of a reference with vLLM, in a process of its own: ``drive.py REFERENCE OUT [ARGUMENT=JSON ...]``.
 
-``rounds`` is how often all cases are asked; ``async`` turns asynchronous scheduling on, which vLLM turns off on a CPU.
+``rounds`` lists which cases are asked one after the other: names, or none for all; ``async`` turns asynchronous scheduling on, which vLLM turns off on a CPU.
 Everything else are arguments of ``vllm.LLM``.
 """
 
@@ -31,9 +31,12 @@ def request(case, folder):
     settings = {"max_new_tokens": 64, **case["settings"]}
     shared = {name: settings.pop(name) for name in SHARED if name in settings}
     params = SamplingParams(
-        max_tokens=settings.pop("max_new_tokens"), **{"temperature": 0.0, **shared}, extra_args=settings or None
+        max_tokens=settings.pop("max_new_tokens"),
+        ignore_eos=settings.pop("ignore_eos", False),
+        **{"temperature": 0.0, **shared},
+        extra_args=settings or None,
     )
-    prompt = {"prompt": case["prompt"]}
+    prompt = {"prompt": case["prompt"]} if case["prompt"] else {"prompt_token_ids": case["prompt_ids"]}
     if case["images"]:
         prompt["multi_modal_data"] = {"image": [Image.open(folder / f"{i}.png").convert("RGB") for i in case["images"]]}
     return prompt, params
@@ -44,12 +47,15 @@ def main():
     arguments = {name: json.loads(value) for name, _, value in (one.partition("=") for one in given)}
     folder = Path(reference_file).parent
     reference = json.loads(Path(reference_file).read_text())
-    rounds, only = arguments.pop("rounds", 1), arguments.pop("only", None)
+    asked = arguments.pop("rounds", [None])
+    rounds = [
+        [case for case in reference["cases"] if names is None or case["name"] in names]
+        for names in asked
+    ]
     if arguments.pop("async", False):
         force_async()
     from vllm import LLM
 
-    cases = [case for case in reference["cases"] if only is None or case["name"] in only]
     engine = LLM(
         model=reference["checkpoint"],
         **{
@@ -63,9 +69,9 @@ def main():
             **arguments,
         },
     )
-    prompts, params = zip(*(request(case, folder) for case in cases), strict=True)
     answers = []
-    for _ in range(rounds):
+    for cases in rounds:
+        prompts, params = zip(*(request(case, folder) for case in cases), strict=True)
         answers.append([])
         for found in engine.generate(list(prompts), list(params), use_tqdm=False):
             answers[-1].append(
@@ -82,7 +88,7 @@ def main():
         for metric in (engine.get_metrics() if not arguments.get("disable_log_stats", True) else [])
         if hasattr(metric, "value")
     }
-    Path(out).write_text(json.dumps({"answers": answers, "metrics": counters}))
+    Path(out).write_text(json.dumps({"rounds": asked, "answers": answers, "metrics": counters}))
 
 
 if __name__ == "__main__":

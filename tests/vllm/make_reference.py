@@ -49,6 +49,35 @@ def assistant(text):
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def grown(samples, ask):
+    """Conversations that go on from the model's own answers, at several places within a page of the cache."""
+    for index in range(4):
+        question = "Read the digits. " * (5 * index) + samples[index]["question"]
+        first = ask("first", [user((index,), question)], {"max_new_tokens": 32 + 8 * index})
+        ask(
+            "grown",
+            [user((index,), question), assistant(first["text"]), user((index + 1,), samples[index + 1]["question"])],
+            {"confidence_threshold": 0.9},
+        )
+
+
+def raw(model):
+    """Prompts without turns: blocks are counted from the start, and from the end of the prompt on. Ids only."""
+    ids = torch.arange(3, 131) % 500
+    for length in (45, 64, 71):
+        settings = {"max_new_tokens": 48, "confidence_threshold": 0.9}
+        first = ids_of(model.generate({"input_ids": ids[None, :length]}, eos_token_id=-1, **settings))
+        longer = [*ids[:length].tolist(), *first]
+        then = ids_of(model.generate({"input_ids": torch.tensor([longer])}, eos_token_id=-1, **settings))
+        common = {"prompt": None, "images": [], "settings": {**settings, "ignore_eos": True}}
+        yield {"name": "raw", "prompt_ids": ids[:length].tolist(), "ids": first, **common}
+        yield {"name": "raw_grown", "prompt_ids": longer, "ids": then, **common}
+
+
+def ids_of(sequences):
+    return sequences[0].tolist()
+
+
 def conversations(samples):
     """Name, turns and settings of every case; an image is a tuple that holds its number."""
     for index, sample in enumerate(samples):
@@ -93,6 +122,7 @@ def answer(model, processor, images, turns, settings):
         "settings": settings,
         "prompt_ids": batch["input_ids"][0].tolist(),
         "ids": found.sequences[0, : int(found.lengths[0])].tolist(),
+        "text": processor.decode(found.sequences[0, : int(found.lengths[0])], skip_special_tokens=True),
         "steps": found.block_step_counts[0].tolist(),
     }
 
@@ -124,10 +154,16 @@ def main():
         images.append(image["image"].convert("RGB"))
         samples.append({"question": text["text"], "answer": data[index]["answer"]})
     model, processor = load_checkpoint(checkpoint, device="cpu")
-    cases = [
-        {"name": name, **answer(model, processor, images, turns, settings)}
-        for name, turns, settings in conversations(samples)
-    ]
+    cases = []
+
+    def ask(name, turns, settings):
+        cases.append({"name": name, **answer(model, processor, images, turns, settings)})
+        return cases[-1]
+
+    for case in conversations(samples):
+        ask(*case)
+    grown(samples, ask)
+    cases.extend(raw(model))
     reference = {"checkpoint": str(checkpoint.resolve()), "block_size": model.config.block_size, "cases": cases}
     (args.out / "reference.json").write_text(json.dumps(reference))
 
