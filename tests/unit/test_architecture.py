@@ -150,7 +150,8 @@ def test_private_methods_of_other_packages_are_overridden_in_the_room_only():
         try:
             module = importlib.import_module(info.name)
         except ModuleNotFoundError as error:
-            assert (error.name or "").partition(".")[0] == "vllm", error  # tests/vllm looks at what is beside vLLM
+            if (error.name or "").partition(".")[0] != "vllm":  # what needs vLLM is not for this environment
+                raise
             continue
         for _, kind in inspect.getmembers(module, inspect.isclass):
             if kind.__module__ != info.name:

@@ -1,5 +1,6 @@
-"""Where vLLM is, and what it serves: ``VLLM_PYTHON``, a Python with vLLM, and ``VLLM_RUN``, a run folder with trained stages."""
+"""Fixtures of the tests that compare vLLM with ``generate``; where vLLM is and what it serves is ``served``'s."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,39 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import served
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-STAGES = {8: "pbm_b8", 32: "pbm_b32"}
 LIMIT_S = 600
 
 
 def process_environment(folder):
-    """Environment of a process with vLLM on a CPU: this checkout, the shims, and an entry point where none is installed."""
+    """Environment of a process with vLLM: this checkout, with an entry point of its own where it is not installed."""
     info = folder / "nemo_bard-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nemo-bard\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbard_vl = nemo_bard.serving.vllm:register\n")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE / "cpu_shims", folder))),
-        "TRITON_INTERPRET": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+    given = served.environment()
+    path = os.pathsep.join([str(ROOT), given["PYTHONPATH"], str(folder)])
+    return {**given, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 @pytest.fixture(scope="session")
 def vllm_python():
     """A Python that has vLLM."""
-    python = os.environ.get("VLLM_PYTHON", "")
-    if not python or not Path(python).exists():
-        pytest.skip("no environment with vLLM: VLLM_PYTHON names its Python (make test-vllm sets one up)")
-    return python
+    return served.vllm_python()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run folder with trained stages."""
+    served.vllm_python()
+    return served.trained_run(tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture(scope="session")
@@ -64,21 +61,17 @@ def run_vllm(vllm_python, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory):
+def reference(trained, tmp_path_factory):
     """``(block size, causal) -> file``: what ``generate`` answers; made once for each."""
-    made = {}
 
+    @functools.cache
     def make(block_size, causal=False):
-        if (block_size, causal) not in made:
-            run = Path(os.environ.get("VLLM_RUN") or "/nowhere")
-            checkpoint = run / STAGES[block_size] / "export"
-            if not checkpoint.is_dir():
-                pytest.skip(f"no trained checkpoint: VLLM_RUN names a run folder with {STAGES[block_size]}/export")
-            out = tmp_path_factory.mktemp(f"reference_b{block_size}{'_causal' * causal}")
-            script = [sys.executable, HERE / "make_reference.py", checkpoint, out, *["--causal"] * causal]
-            subprocess.run(script, check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": str(ROOT)})
-            made[block_size, causal] = out / "reference.json"
-        return made[block_size, causal]
+        out = tmp_path_factory.mktemp(f"reference_b{block_size}")
+        script = [sys.executable, HERE / "make_reference.py", trained / f"pbm_b{block_size}" / "export", out]
+        subprocess.run(
+            [*script, *["--causal"] * causal], check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        return out / "reference.json"
 
     return make
 
