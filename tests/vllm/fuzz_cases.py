@@ -271,8 +271,66 @@ def elsewhere(model: str, source: random.Random, block_size: int) -> Case:
     return Case("elsewhere", dump(body(model)), REFUSED, path, method)
 
 
+OPTIONS = {
+    "add_generation_prompt": [False],
+    "allowed_token_ids": [[1, 2], [10**9], []],
+    "bad_words": [["7"]],
+    "best_of": [2],
+    "cache_salt": ["a"],
+    "chat_template": ["{{ 1 / 0 }}", "{% for"],
+    "chat_template_kwargs": [{"x": 1}, {"tools": 3}],
+    "continue_final_message": [True],
+    "documents": [[{"a": "b"}]],
+    "echo": [True],
+    "ignore_eos": [True],
+    "include_stop_str_in_output": [True],
+    "media_io_kwargs": [{"image": {"x": 1}}, {"image": {"image_mode": "CMYK"}}],
+    "min_p": [0.5],
+    "min_tokens": [5],
+    "mm_processor_kwargs": [{"max_pixels": 1}, {"x": [1]}, {"size": {"shortest_edge": 1, "longest_edge": 1}}],
+    "priority": [3],
+    "repetition_penalty": [1.1],
+    "return_token_ids": [True],
+    "skip_special_tokens": [False],
+    "stop_token_ids": [[5], [10**9], [-1]],
+    "thinking_token_budget": [3],
+    "tool_choice": ["required", "auto"],
+    "truncate_prompt_tokens": [1, -1, 10**6],
+    "use_beam_search": [True],
+}
+"""Options of vLLM's own, with values that may be refused and may not harm."""
+
+
+def options(model: str, source: random.Random, block_size: int) -> Case:
+    """Options of vLLM that were made for models that go token by token."""
+    name = source.choice(list(OPTIONS))
+    value = source.choice(OPTIONS[name] if source.random() < 0.7 else NONSENSE)
+    image = url(picture(source.randrange(4))) if source.random() < 0.5 else None
+    return Case("options", dump(body(model, image=image) | {name: value, "n": source.choice([1, 1, 2])}), ANY)
+
+
+def routes(model: str, source: random.Random, block_size: int) -> Case:
+    """Other routes of vLLM's server; one that a server lacks is a 404."""
+    prompts = ["Read.", "", [1, 2, 3], [10**9], [-1], [], ["a", "b"], [[1], [2]], {"a": 1}, None, "<|image_pad|>"]
+    xargs = source.choice([None, {"confidence_threshold": 2}, {"denoising_steps": "x"}, {"top_k": 3}])
+    path, found = source.choice(
+        [
+            ("/v1/completions", {"prompt": source.choice(prompts), "logprobs": source.choice([None, None, 1])}),
+            ("/v1/responses", {"input": source.choice(["Read.", [], 7])}),
+            ("/v1/messages", {"messages": [{"role": "user", "content": "Read."}]}),
+            ("/tokenize", {"prompt": source.choice(prompts)}),
+            (
+                "/inference/v1/generate",
+                {"token_ids": source.choice([[1, 2], [10**9], [-1], []]), "sampling_params": {}},
+            ),
+        ]
+    )
+    shared = {"model": model, "max_tokens": source.choice([9, 16, 24]), "temperature": source.choice([0, 0.7])}
+    return Case("other routes", dump(shared | found | ({"vllm_xargs": xargs} if xargs else {})), ANY, path)
+
+
 KINDS: list[tuple[Callable[[str, random.Random, int], Case], int]] = [
-    (settings, 8), (unsupported, 5), (images, 5), (mutated, 6), (not_json, 3), (special, 3), (elsewhere, 1), (large, 1),
+    (settings, 8), (unsupported, 5), (images, 5), (mutated, 6), (not_json, 3), (special, 3), (elsewhere, 1), (large, 1), (options, 4), (routes, 3),
 ]  # fmt: skip
 """Kinds of requests, and how often each comes."""
 

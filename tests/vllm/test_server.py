@@ -1,0 +1,158 @@
+"""vLLM's own server with our plugin, over HTTP: ids as ``generate`` alone, wrong requests refused, the engine alive.
+
+Run by this environment's Python; vLLM runs in one of its own (``make test-vllm``).
+"""
+
+import json
+import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import fuzz
+import pytest
+import served
+from fuzz_cases import PICTURES, REFUSED, UNSUPPORTED, Case, body, dump, not_json
+
+pytestmark = pytest.mark.vllm
+COUNT = 12
+WRONG_SETTINGS = [
+    {"confidence_threshold": "abc"},
+    {"confidence_threshold": 2},
+    {"confidence_threshold": [0.5]},
+    {"confidence_treshold": 0.5},
+    {"denoising_steps": 0},
+    {"denoising_steps": 2.5},
+    {"top_k": -1},
+    {"remasking_strategy": "os.system"},
+    {"max_post_edit_steps": 2},
+    {"seed": "x"},
+    {"mask_token_id": 3},
+    {"entropy_bound": 1e300},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    served.vllm_python()
+    return served.trained_run(tmp_path_factory.mktemp("vllm") / "run")
+
+
+@pytest.fixture(scope="module", params=["pbm_b8", "pbm_b32"])
+def stage(request, run, tmp_path_factory):
+    """A server, and what its answers must be."""
+    checkpoint = run / request.param / "export"
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(served.references, checkpoint, COUNT)  # while the server starts
+        with served.serving(served.vllm_python(), checkpoint, log) as url:
+            yield fuzz.Server(url, 120), answers.result()
+
+
+def asked(answer, **more):
+    """The body of a question."""
+    settings = {"vllm_xargs": served.SETTINGS, "max_tokens": served.MAX_TOKENS, "return_token_ids": True}
+    return body("bard", image=answer["url"], text=answer["question"], **settings) | more
+
+
+def ids_of(server, answer, **more):
+    status, data = server.send(Case("", dump(asked(answer, **more)), "200"))
+    assert status == 200, data[:500]
+    found = json.loads(data)
+    return found["choices"][0]["token_ids"], found
+
+
+def counter(server, name):
+    """The sum of a counter of ``/metrics``."""
+    lines = server.get("/metrics")[1].decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_ids_are_those_of_generate_whoever_else_asks(stage):
+    server, answers = stage
+    assert len({tuple(answer["ids"]) for answer in answers}) > COUNT // 3
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda answer: ids_of(server, answer)[0], answers))
+    assert found == [answer["ids"] for answer in answers]
+
+
+def test_ids_from_the_prefix_cache(stage):
+    server, answers = stage
+    before = counter(server, "vllm:prefix_cache_hits_total")
+    for answer in [answers[0], answers[6], answers[0], answers[6]]:
+        ids, found = ids_of(server, answer)
+        assert ids == answer["ids"]
+        assert found["usage"]["completion_tokens"] == len(ids)
+    assert counter(server, "vllm:prefix_cache_hits_total") > before
+
+
+def test_a_stream_has_the_same_text(stage):
+    server, answers = stage
+    status, data = server.send(Case("", dump(asked(answers[1], stream=True)), "200"))
+    assert (status, fuzz.text_of(data)) == (200, answers[1]["text"])
+
+
+def test_a_seed_draws_the_same_again(stage):
+    server, answers = stage
+    drawn = [ids_of(server, answers[0], temperature=1.0, seed=seed)[0] for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(ids) for ids in drawn}) > 1
+
+
+def test_the_openai_client(stage):
+    """One call of OpenAI's own client, which is in the environment of vLLM."""
+    server, answers = stage
+    code = (
+        "import json, sys, openai\n"
+        "address, request = json.load(sys.stdin)\n"
+        "client = openai.OpenAI(base_url=address, api_key='none', max_retries=0)\n"
+        "extra = {name: request.pop(name) for name in ('vllm_xargs', 'return_token_ids')}\n"
+        "print(client.chat.completions.create(**request, extra_body=extra).choices[0].message.content)\n"
+    )
+    given = json.dumps([f"http://{server.host}:{server.port}/v1", asked(answers[2])])
+    done = subprocess.run([served.vllm_python(), "-c", code], input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answers[2]["text"].strip()
+
+
+def test_wrong_requests_are_refused_and_the_engine_lives(stage):
+    server, answers = stage
+    source = random.Random(0)
+    wrong = [Case("settings", dump(asked(answers[0], vllm_xargs=given)), REFUSED) for given in WRONG_SETTINGS]
+    wrong += [Case("unsupported", dump(asked(answers[0]) | given), REFUSED) for given in UNSUPPORTED]
+    for picture, expected in PICTURES:
+        if expected == REFUSED:
+            found = picture(source) if callable(picture) else picture
+            wrong.append(Case("picture", dump(body("bard", image=found)), REFUSED))
+    wrong += [not_json("bard", source, 8) for _ in range(12)]
+    wrong.append(Case("large", dump(body("bard", text="digits " * 1_400_000)), REFUSED))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(server.send, wrong))
+    for one, (status, data) in zip(wrong, found, strict=True):
+        assert 400 <= status < 500, (one.kind, one.body[:300], status, data[:300])
+        if one.kind != "not JSON":  # of these some are answered by vLLM's web framework
+            assert json.loads(data).get("error", {}).get("message"), (one.kind, one.body[:300], data[:300])
+    assert server.get("/health")[0] == 200
+    assert ids_of(server, answers[3])[0] == answers[3]["ids"]
+
+
+def test_a_wrong_setting_is_named_in_one_line(stage):
+    server, answers = stage
+    _, data = server.send(Case("", dump(asked(answers[0], vllm_xargs={"confidence_treshold": 0.5})), REFUSED))
+    error = json.loads(data)["error"]
+    assert error["message"].startswith(
+        "unknown setting vllm_xargs.confidence_treshold; did you mean confidence_threshold?"
+    )
+    assert error["type"] in ("invalid_request_error", "BadRequestError")
+
+
+def test_clients_that_vanish_or_stall_disturb_nobody(stage):
+    server, answers = stage
+    data = dump(asked(answers[0], stream=True, max_tokens=200))
+    halves = [server.raw(fuzz.head(len(data)) + data[: len(data) // 2]) for _ in range(20)]
+    whole = [server.raw(fuzz.head(len(data)) + data) for _ in range(10)]
+    for connection in whole:
+        connection.close()
+    assert ids_of(server, answers[5])[0] == answers[5]["ids"]
+    for connection in halves:
+        connection.close()
+    assert server.get("/health")[0] == 200
