@@ -48,10 +48,7 @@ def main():
     folder = Path(reference_file).parent
     reference = json.loads(Path(reference_file).read_text())
     asked = arguments.pop("rounds", [None])
-    rounds = [
-        [case for case in reference["cases"] if names is None or case["name"] in names]
-        for names in asked
-    ]
+    rounds = [[case for case in reference["cases"] if names is None or case["name"] in names] for names in asked]
     if arguments.pop("async", False):
         force_async()
     from vllm import LLM
