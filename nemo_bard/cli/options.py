@@ -16,6 +16,9 @@ from nemo_bard.generation.parameters import STRATEGIES, setting_fields, strategy
 if TYPE_CHECKING:
     from nemo_bard.generation.settings import BardGenerationConfig
 
+DEVICE_HELP = "cpu, cuda or cuda:N (default: CUDA where there is one)"
+DTYPE_HELP = "float32, bfloat16 or float16 (default: bfloat16 on CUDA, else float32)"
+
 
 def decoding_fields(strategy: str | None = None) -> dict[str, Field[Any]]:
     """Return the decoding settings that are flags; with the name of a strategy, a dotted one's parameters too."""
@@ -72,10 +75,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, ``--device``, ``--dtype``, and report wrong words as every other error: in one line."""
     parser.error = raise_error
     parser.add_argument("--model", required=True, metavar="DIR", type=Path, help="checkpoint folder")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: CUDA where there is one)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA, else float32)"
-    )
+    parser.add_argument("--device", help=DEVICE_HELP)
+    parser.add_argument("--dtype", default="auto", help=DTYPE_HELP)
 
 
 def raise_error(message: str) -> NoReturn:

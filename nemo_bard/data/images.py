@@ -102,6 +102,16 @@ def read_image(source: bytes | Path, *, name: str = _BYTES) -> Image.Image:
     return _decode(source, name).image
 
 
+def as_rgb(image: Image.Image, *, name: str = "that was decoded before") -> Image.Image:
+    """An image that somebody else has opened, with the colours that ``read_image`` gives; not turned.
+
+    Raises:
+        RejectedError: If it is too narrow, animated, or has pixels without an eight-bit meaning.
+    """
+    _check(image, name)
+    return image if image.mode == "RGB" and not image.has_transparency_data else _to_rgb(image)
+
+
 def image_size(source: bytes | Path, *, name: str = _BYTES) -> Size:
     """Width and height of what ``read_image`` gives, in pixels, from the header: damaged pixels are not seen.
 
