@@ -147,7 +147,13 @@ def test_private_methods_of_other_packages_are_overridden_in_the_room_only():
     for info in pkgutil.walk_packages(nemo_bard.__path__, "nemo_bard."):
         if info.name.startswith(ROOM) or info.name.endswith("__main__"):
             continue
-        for _, kind in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
+        try:
+            module = importlib.import_module(info.name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "vllm":  # what needs vLLM is not for this environment
+                raise
+            continue
+        for _, kind in inspect.getmembers(module, inspect.isclass):
             if kind.__module__ != info.name:
                 continue
             for base in kind.__mro__[1:]:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_bard.base.errors import one_line
-from nemo_bard.serving.requests import SEED, check_seed, check_temperature, check_xargs
+from nemo_bard.serving.requests import SEED, BadRequest, check_seed, check_temperature, check_xargs
 from nemo_bard.serving.vllm.config import end_ids, is_bard
 
 logger = logging.getLogger(__name__)
 
 VLLM_OWN = ("kv_transfer_params", "ec_transfer_params")
 """Keys that vLLM itself puts among the extra arguments."""
-ABSENT = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
-NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+LOGPROBS = ("logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids")
+NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0.0, "min_tokens": 0}
+"""Sampling parameters that BARD does not have: the only values that are taken."""
+ABSENT = ("logit_bias", "bad_words", "allowed_token_ids")
 
 
 def check_request(params: Any, model_config: Any, inner: Callable[[], None]) -> None:
@@ -49,12 +51,15 @@ def check_request(params: Any, model_config: Any, inner: Callable[[], None]) -> 
 
 
 def _check(params: Any, hf_config: Any) -> None:
-    for name in ABSENT:
+    for name in LOGPROBS:
         if getattr(params, name, None) is not None:
-            raise ValueError(f"{name} is not supported: a block of tokens is denoised together")
+            raise BadRequest(f"{name} is not supported: a block of tokens is denoised together", name)
     for name, value in NEUTRAL.items():
         if getattr(params, name) != value:
-            raise ValueError(f"{name} must be {value:g}: there are no penalties, got {getattr(params, name):g}")
+            raise BadRequest(f"{name} is not supported: it must be {value:g}, got {getattr(params, name):g}", name)
+    for name in ABSENT:
+        if getattr(params, name, None):
+            raise BadRequest(f"{name} is not supported; leave it out", name)
     check_temperature(params.temperature)
     if params.seed is not None:
         check_seed(params.seed)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler, DiffusionScheduler
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler
 
 from nemo_bard.serving.vllm.edges import keep_edges
 from nemo_bard.serving.vllm.hashing import BlockHasher
 from nemo_bard.upstream.vllm import rehash
+from nemo_bard.upstream.vllm_scheduler import ChunkingScheduler
 
 
-class WholeBlocks(DiffusionScheduler):
+class WholeBlocks(ChunkingScheduler):
     """What both schedulers below have in common."""
 
     def __init__(self, vllm_config: Any, **kwargs: Any) -> None:
@@ -36,16 +37,13 @@ class WholeBlocks(DiffusionScheduler):
             rehash(request, self.hasher)
         super().add_request(request)
 
-    def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+    def chunk(self, request: Any, begin: int, size: int) -> int:
         """Tokens of a request in the next step: as many as vLLM would take, or fewer, so that blocks stay whole."""
-        size = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        end = num_computed_tokens + size
-        if num_computed_tokens >= request.num_tokens:  # a canvas: whole or not at all, unless the context ends
-            room = self.max_model_len - num_computed_tokens
-            return size if size >= min(self.num_spec_tokens, room) else 0
-        if not self.is_block_context or end >= request.num_tokens:
+        if begin >= request.num_tokens:  # a canvas: whole or not at all, unless the context ends
+            return size if size >= min(self.num_spec_tokens, self.max_model_len - begin) else 0
+        if not self.is_block_context or begin + size >= request.num_tokens:
             return size
-        return max(keep_edges(request, self.hf_config).last(end) - num_computed_tokens, 0)
+        return max(keep_edges(request, self.hf_config).last(begin + size) - begin, 0)
 
 
 class BardScheduler(WholeBlocks):
