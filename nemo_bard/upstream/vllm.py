@@ -127,7 +127,7 @@ def wrap_request_check(check: Callable[[Any, Any, Callable[[], None]], None]) ->
     Args:
         check: Called with the sampling parameters, vLLM's model configuration and vLLM's own check.
     """
-    from vllm.sampling_params import SamplingParams
+    from vllm.sampling_params import SamplingParams  # pyright: ignore[reportMissingImports]
 
     inner = SamplingParams._validate_diffusion
     if hasattr(inner, "__wrapped__"):
@@ -146,7 +146,7 @@ def wrap_batch_defaults(check: Callable[[Any, Any, Callable[[], None]], None]) -
     Args:
         check: Called with the engine's arguments, vLLM's model configuration and vLLM's own function.
     """
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
 
     inner = EngineArgs._set_default_max_num_seqs_and_batched_tokens_args
     if hasattr(inner, "__wrapped__"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler  # pyright: ignore[reportMissingImports]
 
 
 class ChunkingScheduler(DiffusionScheduler):

@@ -28,8 +28,8 @@ def register() -> None:
         AutoConfig.register(MODEL_TYPE, RefusedConfig, exist_ok=True)
         return
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY  # pyright: ignore[reportMissingImports]
 
     from nemo_bard.serving.vllm.checks import check_batch, check_request
     from nemo_bard.serving.vllm.engine import EngineSettings

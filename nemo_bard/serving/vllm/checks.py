@@ -36,7 +36,7 @@ def check_request(params: Any, model_config: Any, inner: Callable[[], None]) -> 
     if not is_bard(model_config):
         inner()
         return
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
     try:
         _check(params, model_config.hf_config)

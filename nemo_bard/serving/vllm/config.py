@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from nemo_bard.generation.parameters import NO_END, setting_fields
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list
@@ -48,9 +48,9 @@ def read_defaults(model_config: Any) -> dict[str, Any]:
     config = BardGenerationConfig()
     if source != "vllm":
         where = model_config.model if source == "auto" else source
-        revision = model_config.revision if source == "auto" else None
+        revision = (model_config.revision if source == "auto" else None) or "main"
         try:
-            config = BardGenerationConfig.from_pretrained(where, revision=revision)
+            config = cast("BardGenerationConfig", BardGenerationConfig.from_pretrained(where, revision=revision))
         except OSError:  # there is no such file
             config = BardGenerationConfig()
     override = model_config.override_generation_config

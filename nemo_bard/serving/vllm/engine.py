@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config.diffusion import DiffusionConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.config.diffusion import DiffusionConfig  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.config import VerifyAndUpdateConfig  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.serving.vllm.checks import check_room
 from nemo_bard.serving.vllm.config import fill_defaults

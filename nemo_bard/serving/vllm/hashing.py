@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
+from vllm.utils.hashing import get_hash_fn_by_name  # pyright: ignore[reportMissingImports]
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.serving.vllm.config import ServedBardVLConfig
 from nemo_bard.serving.vllm.edges import keep_edges

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.exceptions import VLLMClientError, VLLMValidationError
-from vllm.multimodal.media import MediaConnector
+from vllm.exceptions import VLLMClientError, VLLMValidationError  # pyright: ignore[reportMissingImports]
+from vllm.multimodal.media import MediaConnector  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.base.errors import one_line, short
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from vllm.model_executor.models.qwen3_vl import (
+from vllm.model_executor.models.qwen3_vl import (  # pyright: ignore[reportMissingImports]
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

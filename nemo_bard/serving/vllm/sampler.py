@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.output import SamplerOutput  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.generation.sampling import propose, uniform_numbers
 from nemo_bard.generation.steps import BlockState, Proposal, StepRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.serving.vllm.edges import keep_edges
 from nemo_bard.serving.vllm.hashing import BlockHasher

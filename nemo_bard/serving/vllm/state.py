@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.config.compilation import CUDAGraphMode  # pyright: ignore[reportMissingImports]
+from vllm.v1.attention.backend import AttentionCGSupport  # pyright: ignore[reportMissingImports]
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # pyright: ignore[reportMissingImports]
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState  # pyright: ignore[reportMissingImports]
 
 from nemo_bard.serving.vllm.edges import Edges, segments
 from nemo_bard.serving.vllm.sampler import BardSampler
