@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What we touch of vLLM beyond its plugin interface. Nothing of vLLM is imported before it is used.
 
 ``is_supported`` says whether the installed vLLM is one of those that were read; ``TOUCHED`` is what the plugin

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The private method of vLLM's scheduler that decides how much of a request is in the next step. Imports vLLM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """The plugin of vLLM: BARD on stock vLLM, through its path for diffusion models. Imports neither nemo_automodel nor training.
 
 vLLM calls ``register`` in every process (entry point ``vllm.general_plugins``). ``config`` is what a model asks of the

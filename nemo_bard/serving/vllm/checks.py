@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What a request may ask, and what room an engine must have: checked in the API process, before anything reaches the engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What a BARD model asks of vLLM's engine."""
 
 from __future__ import annotations

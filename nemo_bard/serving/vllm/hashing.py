@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The prefix cache with blocks that see to their ends.
 
 With ``context_attention: block`` the keys of a token depend on the tokens of its block that come later. The hash of a page

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The model: vLLM's Qwen3-VL, decoded by ``state`` and ``sampler``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The sampler of vLLM's runner: a denoising step of every request whose block was in the batch.
 
 Nothing is read on the host: which requests commit a block, which take another step and which are done is decided on the

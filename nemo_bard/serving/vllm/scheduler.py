@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Scheduling: a canvas is scheduled whole, and chunks of a prompt end where blocks end."""
 
 from __future__ import annotations

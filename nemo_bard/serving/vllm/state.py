@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The state of requests in vLLM's runner, and the attention of a batch.
 
 Context ``block``: nothing is causal, and every block of a prompt chunk is a sequence of its own, with the row's pages and
