@@ -1,4 +1,4 @@
-# make test | test-slurm | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,14 +15,14 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain
+MARKS ?= not gpu and not network and not chain and not lmms
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: venv install demo test test-slurm test-chain test-gpu bench-gpu lint clean
+.PHONY: venv install demo test test-slurm test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -43,6 +43,10 @@ test-slurm: $(READY) # part of `make test` where Slurm is; needs root and Debian
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
+
+test-lmms: $(READY) # brings lmms-eval into the environment first
+	$(PIP) --no-deps -r constraints-lmms.txt
+	$(PYTHON) -m pytest -m lmms -rs tests/integration/test_lmms_eval.py
 
 test-gpu: $(READY) # skips, and says so, where there is no CUDA device
 	$(PYTHON) -m pytest -m gpu -rfEs $(PYTEST_ARGS)

@@ -256,7 +256,7 @@ class BardVL(lmms):
             f" seed {self.settings.likelihood_seed}"
         )
 
-    def _response_ids(self, text: str) -> torch.Tensor:
+    def _response_ids(self, text: Any) -> torch.Tensor:
         ids = self.processor.tokenizer(str(text).lstrip(), add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
