@@ -97,6 +97,7 @@ class BardVL(lmms):
         check_checkpoint(self.settings.pretrained, self.settings.dtype, block_diffusion=True)
         self.accelerator, device = _share_of_machine(self.settings)
         self.net, self.processor = load_checkpoint(self.settings.pretrained, device=device, dtype=self.settings.dtype)
+        self.device: torch.device = self.net.device  # where lmms-eval puts what its processes exchange
         _resize_as_told(self.processor, self.settings)
         self.config: BardGenerationConfig = self.net.generation_config.updated(**overrides)
         self.method = resolve_method(self.settings.loglikelihood, self.net.config.context_attention)
