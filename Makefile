@@ -1,4 +1,4 @@
-# make test | test-slurm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,14 +15,23 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not lmms
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: venv install demo test test-slurm test-chain test-lmms test-gpu bench-gpu lint clean
+# an environment of its own for vLLM, which cannot be beside NeMo AutoModel; VLLM_RUN is a run folder whose stages are served
+VLLM_VENV ?= .venv-vllm
+ifeq ($(origin VLLM_PYTHON), undefined)
+VLLM_PYTHON := $(abspath $(VLLM_VENV)/bin/python)
+VLLM_READY := $(VLLM_VENV)/.ready
+endif
+VLLM_RUN ?=
+VLLM_TESTS ?= tests/vllm
+
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -40,6 +49,17 @@ test: $(READY)
 
 test-slurm: $(READY) # part of `make test` where Slurm is; needs root and Debian's slurm-wlm and munge, or says so
 	$(PYTHON) -m pytest -m slurm -rs tests/integration/test_slurm.py
+
+venv-vllm: $(VLLM_VENV)/.ready
+
+$(VLLM_VENV)/.ready: constraints-vllm.txt setup.py | $(READY)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+test-vllm: $(READY) $(VLLM_READY) # 3.5 GB on a CPU; VLLM_PYTHON=... is an environment that is there already
+	VLLM_PYTHON=$(VLLM_PYTHON) VLLM_RUN=$(VLLM_RUN) $(PYTHON) -m pytest -m vllm -rs $(VLLM_TESTS) $(PYTEST_ARGS)
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
@@ -63,4 +83,4 @@ lint: $(READY)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

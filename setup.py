@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 SHIPPED = {f"nemo_bard.{name}": name for name in ("recipes", "conf") if any((ROOT / name).rglob("*.yaml"))}
 
 DEMO = ["matplotlib>=3.7", "scikit-learn>=1.3"]
+SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 
 class DataInEditable(Distribution):
@@ -36,7 +37,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nemo_bard", "nemo_bard.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={"nemo_bard.launch": ["job.sbatch"], **{name: ["*.yaml", "**/*.yaml"] for name in SHIPPED}},
+    package_data={
+        "nemo_bard.launch": ["job.sbatch"],
+        "nemo_bard.serving.server": ["page/*"],
+        **{name: ["*.yaml", "**/*.yaml"] for name in SHIPPED},
+    },
     # Relative to <name>.data/data inside a wheel, hence <name>.data/purelib: both wheels and editable wheels put the
     # start-up hook into site-packages this way, without a custom build command. Why a hook: docs/decisions.md.
     data_files=[("../purelib", ["nemo_bard/nemo_bard_automodel.pth"])],
@@ -64,11 +69,15 @@ setup(
         "demo": DEMO,
         "mixture": [],  # what it named is always installed; the name stays for commands that have it
         "mlflow": ["nemo-automodel[mlflow]"],
+        "serve": SERVE,
         "video": [],  # likewise
         "wandb": ["nemo-automodel[wandb]"],
         "dev": [
             *DEMO,
+            *SERVE,
             "import-linter>=2.0",
+            "openai",  # tests of the local server
+            "playwright",  # tests of its page, with a Chromium of the system
             "pre-commit",
             "pyright[nodejs]",
             "pytest>=8",
@@ -85,6 +94,9 @@ setup(
         "lmms_eval.models": ["bard_vl = nemo_bard.evaluation.harness:manifest"],
         "nemo_automodel.architectures": [
             "BardVLForConditionalGeneration = nemo_bard.model:BardVLForConditionalGeneration",
+        ],
+        "vllm.general_plugins": [
+            "bard_vl = nemo_bard.serving.vllm:register",
         ],
     },
     classifiers=[

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -18,6 +19,8 @@ from nemo_bard.cli.commands import COMMANDS
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.ENAMETOOLONG)
 """What will be refused again."""
+REQUIRED = ("av", "datasets", "hydra", "megatron", "nemo_automodel", "omegaconf", "pyarrow", "qwen_vl_utils")
+"""Modules of the requirements that are not there where nemo-bard was installed without them, beside vLLM."""
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -66,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         sys.stderr.write(f"error: {rank}{one_line(error)}\n")
         return 1 if isinstance(error, RunError) else EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        return say_missing(error)
     except OSError as error:
         if error.errno not in (*FULL_DISK, *READ_ONLY) or os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
@@ -77,6 +82,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def say_missing(error: ModuleNotFoundError) -> int:
+    """Say that a requirement is not installed and return the exit code; raise the error if it is about anything else."""
+    module = (error.name or "").split(".")[0]
+    if module not in REQUIRED or importlib.util.find_spec(module) or os.environ.get("NEMO_BARD_DEBUG") == "1":
+        raise error
+    sys.stderr.write(
+        f"error: this needs {module}, which is not installed here; nemo-bard doctor says what is missing\n"
+    )
+    return 1
+
+
 def automodel() -> int | None:
     """Run the ``automodel`` script: ``finetune`` is ours, every other command line is NeMo AutoModel's, unchanged."""
     return main() if sys.argv[1:2] == ["finetune"] else forward(sys.argv)
@@ -84,8 +100,10 @@ def automodel() -> int | None:
 
 def forward(argv: list[str]) -> int | None:
     """Run NeMo AutoModel's own ``main`` with ``sys.argv`` set to ``argv``."""
-    from nemo_automodel.cli.app import main as upstream_main
-
+    try:
+        from nemo_automodel.cli.app import main as upstream_main
+    except ModuleNotFoundError as error:
+        return say_missing(error)
     sys.argv = list(argv)
     return upstream_main()
 

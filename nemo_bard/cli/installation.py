@@ -9,20 +9,31 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from nemo_bard import __version__
 from nemo_bard.base.names import CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE
+from nemo_bard.cli import serving_checks
+from nemo_bard.cli.findings import (
+    BROKEN,
+    OK,
+    OPTIONAL,
+    WARNING,
+    Check,
+    check_requirements,
+    installed_version,
+    one_line,
+)
 from nemo_bard.upstream import automodel
+from nemo_bard.upstream import vllm as installed
 
-OK, WARNING, BROKEN = "ok", "warning", "broken"
 DISTRIBUTION = "nemo-bard"
 HOOK_FILE = "nemo_bard_automodel.pth"
 ENTRY_POINT_GROUP = "nemo_automodel.architectures"
 REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+NO_TRAINING = "not here: NeMo AutoModel cannot be beside vLLM; training needs an environment of its own"
 REPORTED = (
     "torch",
     "torchvision",
@@ -35,47 +46,41 @@ REPORTED = (
     "qwen-vl-utils",
     "av",
 )
-OPTIONAL = {"triton": "comes with CUDA builds of torch"}
-
-
-class Check(NamedTuple):
-    """One finding; ``repair`` is empty where nothing is wrong."""
-
-    name: str
-    state: str
-    finding: str
-    repair: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.state:<8} {self.name}: {self.finding}"
-        return f"{text}\n         repair: {self.repair}" if self.repair else text
+SHARED = ("torch", "torchvision", "transformers")
+"""Of these, what serving needs too."""
 
 
 def run_checks() -> Iterator[Check]:
-    """Yield the checks in order, cheap ones first; the last ones import torch, transformers and NeMo AutoModel."""
-    yield from check_versions()
-    yield from check_requirements(DISTRIBUTION)
-    yield from check_requirements("nemo-automodel")
+    """Yield the checks in order, cheap ones first; the last ones import torch, transformers, NeMo AutoModel and vLLM.
+
+    Where vLLM is, NeMo AutoModel cannot be: such an environment only serves, and is checked for that.
+    """
+    serves = installed.distribution() is not None
+    trains = installed_version("nemo-automodel") is not None or not serves
+    yield from check_versions(REPORTED if trains else SHARED)
+    if trains:
+        yield from check_requirements(DISTRIBUTION)
+        yield from check_requirements("nemo-automodel")
     yield from check_shipped_files()
-    yield check_entry_point()
-    hook = check_hook()
-    yield hook
-    yield check_script(hook_works=hook.state == OK)
+    if trains:
+        yield check_entry_point()
+        hook = check_hook()
+        yield hook
+        yield check_script(hook_works=hook.state == OK)
     yield check_devices()
     yield check_config_registered()
-    yield check_architecture_registered()
+    if trains:
+        yield check_architecture_registered()
+    else:
+        yield Check("training", OK, NO_TRAINING)
+    if serves:
+        yield from serving_checks.run_checks()
+    else:
+        yield Check("vllm", OK, f"not installed (optional, and not beside NeMo AutoModel: {installed.INSTALL})")
 
 
-def installed_version(name: str) -> str | None:
-    """Return the installed version of the distribution ``name``, None if there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check_versions() -> Iterator[Check]:
-    """Yield the versions of Python, this package and what it stands on."""
+def check_versions(reported: Sequence[str] = REPORTED) -> Iterator[Check]:
+    """Yield the versions of Python, this package and the distributions ``reported``, which it stands on."""
     yield Check("python", OK, f"{platform.python_version()} ({sys.executable})")
     version = installed_version(DISTRIBUTION)
     where = Path(__file__).parents[1]
@@ -88,7 +93,7 @@ def check_versions() -> Iterator[Check]:
         yield Check(DISTRIBUTION, BROKEN, finding, f"{REINSTALL} (a checkout: pip install -e .)")
     else:
         yield Check(DISTRIBUTION, OK, f"{version} ({where})")
-    for name in REPORTED:
+    for name in reported:
         version = installed_version(name)
         if version is not None:
             yield Check(name, OK, version)
@@ -96,32 +101,6 @@ def check_versions() -> Iterator[Check]:
             yield Check(name, OK, f"not installed (optional; {OPTIONAL[name]})")
         else:
             yield Check(name, BROKEN, "not installed", f"pip install {name}")
-
-
-def check_requirements(distribution: str) -> Iterator[Check]:
-    """Yield what ``distribution`` requires and the environment violates (extras left out), or one line that all is met."""
-    from packaging.requirements import Requirement
-
-    try:
-        lines = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
-        return
-    violated = False
-    for line in lines:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        version = installed_version(requirement.name)
-        wanted = f"{requirement.name}{requirement.specifier}"
-        name = f"requirement of {distribution}"
-        if version is None and requirement.name not in OPTIONAL:
-            violated = True
-            yield Check(name, BROKEN, f"{wanted} is not installed", f"pip install '{wanted}'")
-        elif version is not None and not requirement.specifier.contains(version, prereleases=True):
-            violated = True
-            yield Check(name, BROKEN, f"{wanted}, but {version} is installed", f"pip install '{wanted}'")
-    if not violated:
-        yield Check(f"requirements of {distribution}", OK, "met")
 
 
 def check_shipped_files() -> Iterator[Check]:
@@ -239,8 +218,3 @@ def check_architecture_registered() -> Check:
     if found is not getattr(module, MODEL_CLASS):
         return Check(name, BROKEN, f"{MODEL_CLASS} is {found}", "uninstall what registers it")
     return Check(name, OK, f"{MODEL_CLASS} is known to NeMo AutoModel")
-
-
-def one_line(error: Exception) -> str:
-    """Return type and message of ``error`` on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -38,6 +38,8 @@ class StepRecord:
     """Probability of the proposed token, ``[rows, B]``; nan where none was proposed."""
     fixed: Tensor
     """True where the step fixed or replaced a token, ``[rows, B]``."""
+    draft: Tensor | None = None
+    """As ``ids``, with what the step proposed where a token is still masked, ``[rows, B]``."""
 
 
 @dataclass(kw_only=True)
@@ -68,6 +70,8 @@ class Hooks:
     """``(input_ids [N, ...], None) -> bool [N]``, asked after each block."""
     on_draft: Callable[[Tensor], None] | None = None
     """Called with the current block of all rows after each step."""
+    on_step: Callable[[StepRecord], None] | None = None
+    """Called with the record of each step."""
     on_block: Callable[[Tensor], None] | None = None
     """Called with the new tokens of a finished block, cut at the end of the row (batch of one)."""
 
@@ -181,6 +185,7 @@ class Decoder:
         reasons = {
             "output_history": self.settings.given.output_history,
             "a streamer with put_draft": self.hooks.on_draft is not None,
+            "a streamer with put_step": self.hooks.on_step is not None,
             "logits_processor": self.hooks.logits_processor is not None,
             "stopping_criteria": self.hooks.stopping_criteria is not None,
             f"remasking_strategy={self.settings.given.remasking_strategy}": not self.settings.strategy.on_device,
@@ -225,8 +230,8 @@ class Decoder:
         while True:
             proposal = self._propose(block, state, logits, positions, live)
             outcome = self.rule.apply(state, proposal, self.quota[min(step, len(self.quota) - 1)])
-            if self.settings.given.output_history:
-                self._record(block, step, live, running_rows, outcome)
+            if self.settings.given.output_history or self.hooks.on_step is not None:
+                self._record(block, step, live, running_rows, outcome, proposal)
             state = BlockState(outcome.canvas, outcome.is_masked, outcome.running, state.step + 1, outcome.revisions)
             wanted = self.rule.wanted(state)
             # the step's one look at the device
@@ -280,20 +285,25 @@ class Decoder:
     def _scatter(self, values: Tensor, positions: Tensor, canvas: Tensor) -> Tensor:
         return values.new_zeros(canvas.numel()).index_copy(0, positions, values).view_as(canvas)
 
-    def _record(self, block: int, step: int, live: list[int], running: list[int], outcome: StepOutcome) -> None:
+    def _record(
+        self, block: int, step: int, live: list[int], running: list[int], outcome: StepOutcome, proposal: Proposal
+    ) -> None:
         index = torch.tensor(running, device=self.device)
         confidence = outcome.confidence[index]
         confidence = confidence.masked_fill(confidence.isinf(), float("nan"))
-        self.history.append(
-            StepRecord(
-                block=block,
-                step=step,
-                rows=[live[i] for i in running],
-                ids=outcome.canvas[index].cpu(),
-                confidence=confidence.float().cpu(),
-                fixed=outcome.changed[index].cpu(),
-            )
+        record = StepRecord(
+            block=block,
+            step=step,
+            rows=[live[i] for i in running],
+            ids=outcome.canvas[index].cpu(),
+            confidence=confidence.float().cpu(),
+            fixed=outcome.changed[index].cpu(),
+            draft=torch.where(outcome.is_masked, proposal.ids, outcome.canvas)[index].cpu(),
         )
+        if self.settings.given.output_history:
+            self.history.append(record)
+        if self.hooks.on_step is not None:
+            self.hooks.on_step(record)
 
     def _close_block(
         self, block: int, finished: Tensor, ends: list[int], live: list[int], going: list[int]

@@ -120,6 +120,8 @@ def make_hooks(input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
         hooks.on_block = lambda ids: streamer.put(ids.cpu())
         if hasattr(streamer, "put_draft"):
             hooks.on_draft = lambda ids: streamer.put_draft(ids.cpu())
+        if hasattr(streamer, "put_step"):
+            hooks.on_step = streamer.put_step
     return hooks
 
 

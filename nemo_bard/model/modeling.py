@@ -154,7 +154,8 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
             logits_processor: Called as in transformers with ``(input_ids [K, ...], logits [K, V])`` of the positions
                 that are being denoised.
             stopping_criteria: Called as in transformers after each block.
-            streamer: ``put`` gets the prompt, then each finished block; ``put_draft``, if there is one, each step.
+            streamer: ``put`` gets the prompt, then each finished block; ``put_draft``, if there is one, the block after
+                each step, and ``put_step`` the step's ``StepRecord``. An error that one of them raises ends the call.
             generator: Source of randomness for temperature > 0, on the model's device.
             **kwargs: Prompt tensors, and settings of ``BardGenerationConfig`` that override ``generation_config``.
 

@@ -222,7 +222,7 @@ def test_what_a_wheel_requires(metadata):
     assert {"av", "megatron-core", "omegaconf", "qwen-vl-utils", "hydra-core"} <= plain.keys()
     assert plain["nemo-automodel"] == "<0.8,>=0.7"
     assert plain["av"] == "", "another package of the same environment may need an old one"
-    assert {"demo", "dev", "mixture", "mlflow", "video", "wandb"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"demo", "dev", "mixture", "mlflow", "serve", "video", "wandb"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_constraints_name_every_requirement(metadata):

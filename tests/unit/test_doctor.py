@@ -1,12 +1,15 @@
 """Each check of ``nemo-bard doctor`` finds what it is for and names a repair."""
 
 import json
+import sys
 from importlib import metadata
 
 import pytest
 
+from nemo_bard.cli import app, findings, serving_checks
 from nemo_bard.cli import installation as doctor
 from nemo_bard.cli.app import main
+from nemo_bard.upstream import vllm as installed
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_requirement_violated(monkeypatch):
     lines = ["triton<3.9", "torch>=2.8", "absent-package>=1", "wandb; extra == 'wandb'"]
     versions = {"triton": "3.9.0", "torch": "2.12.1"}
     monkeypatch.setattr(metadata, "requires", lambda _: lines)
-    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.setattr(findings, "installed_version", versions.get)
     checks = list(doctor.check_requirements("nemo-bard"))
     assert [check.finding for check in checks] == [
         "triton<3.9, but 3.9.0 is installed",
@@ -91,7 +94,7 @@ def test_what_is_required_is_reported_as_broken_where_it_is_missing(monkeypatch)
 
 def test_requirements_met(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.8"])
-    monkeypatch.setattr(doctor, "installed_version", {"torch": "2.12.1"}.get)
+    monkeypatch.setattr(findings, "installed_version", {"torch": "2.12.1"}.get)
     assert [check.state for check in doctor.check_requirements("nemo-bard")] == [doctor.OK]
 
 
@@ -127,3 +130,74 @@ def test_exit_code_and_json(monkeypatch, capsys, state, code):
         "ok": code == 0,
         "checks": [{"name": "hook", "state": state, "finding": "found", "repair": "do this"}],
     }
+
+
+@pytest.fixture
+def beside_vllm(monkeypatch):
+    """vLLM is here, and with it our plugin; NeMo AutoModel is not."""
+    point = metadata.EntryPoint("bard_vl", "nemo_bard.serving.vllm:register", installed.PLUGIN_GROUP)
+    monkeypatch.setattr(metadata, "entry_points", lambda **which: metadata.EntryPoints([point]).select(**which))
+    monkeypatch.setattr(installed, "distribution", lambda: "vllm")
+    monkeypatch.setattr(installed, "installed_version", lambda: "0.32.1+cpu")
+    versions = {"nemo-bard": doctor.__version__, "torch": "2.13.0", "torchvision": "0.28.0", "transformers": "5.18.0"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.delenv(serving_checks.FILTER, raising=False)
+    return monkeypatch
+
+
+def test_beside_vllm_only_serving_is_checked(beside_vllm):
+    beside_vllm.setattr(metadata, "requires", lambda name: ["torch>=2.8", "hydra-core>=99"] if "bard" in name else [])
+    beside_vllm.setattr(serving_checks, "check_architecture", lambda: doctor.Check("vllm architecture", doctor.OK, ""))
+    checks = {check.name: check for check in doctor.run_checks()}
+    assert [check for check in checks.values() if check.state != doctor.OK] == []
+    assert {"vllm", "vllm plugin", "vllm architecture", "training"} <= set(checks)
+    assert not {"nemo-automodel", "start-up hook", "automodel script", "architecture"} & set(checks)
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("0.32.0", "ok"), ("0.33.0", "broken"), ("0.31.2", "broken"), ("x", "broken")]
+)
+def test_vllm_of_another_version(beside_vllm, version, state):
+    beside_vllm.setattr(installed, "installed_version", lambda: version)
+    check = serving_checks.check_version()
+    assert check.state == state
+    assert version in check.finding
+    assert ("vllm==0.32.*" in check.repair) == (state == "broken")
+
+
+def test_plugin_missing_or_left_out(beside_vllm):
+    assert serving_checks.check_plugin().state == doctor.OK
+    beside_vllm.setenv(serving_checks.FILTER, "other,bard_vl")
+    assert serving_checks.check_plugin().state == doctor.OK
+    beside_vllm.setenv(serving_checks.FILTER, "other")
+    assert serving_checks.check_plugin().repair == "unset VLLM_PLUGINS"
+    beside_vllm.setattr(metadata, "entry_points", lambda **_: metadata.EntryPoints())
+    assert "pip install" in serving_checks.check_plugin().repair
+
+
+def test_plugin_that_cannot_be_loaded_is_a_finding(beside_vllm):
+    beside_vllm.setitem(sys.modules, "vllm", None)
+    check = serving_checks.check_architecture()
+    assert check.state == doctor.BROKEN
+    assert "cannot be loaded" in check.finding
+
+
+def test_without_vllm_one_line_says_how(monkeypatch):
+    monkeypatch.setattr(installed, "distribution", lambda: None)
+    for name in ("check_versions", "check_requirements", "check_shipped_files"):
+        monkeypatch.setattr(doctor, name, lambda *_: iter(()))
+    last = list(doctor.run_checks())[-1]
+    assert (last.name, last.state) == ("vllm", doctor.OK)
+    assert "pip install --no-deps nemo-bard" in last.finding
+
+
+def test_a_command_beside_vllm_says_what_is_missing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "nemo_automodel", None)
+    monkeypatch.setitem(sys.modules, "nemo_automodel.cli.app", None)
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    assert main([str(tmp_path / "recipe.yaml")]) == 1
+    assert capsys.readouterr().err == (
+        "error: this needs nemo_automodel, which is not installed here; nemo-bard doctor says what is missing\n"
+    )
+    with pytest.raises(ModuleNotFoundError):
+        app.say_missing(ModuleNotFoundError("no", name="nemo_bard.gone"))

@@ -424,3 +424,36 @@ class TestHooks:
         assert len(drafts) == int(
             model.generate(PROMPT, return_step_stats=True, **SETTINGS)[1]["block_step_counts"].sum()
         )
+
+    def test_a_streamer_gets_the_records_of_the_history_and_can_end_the_call(self, model):
+        class Enough(Exception):
+            pass
+
+        class Streamer:
+            def __init__(self, most):
+                self.records, self.most, self.ended = [], most, False
+
+            def put(self, ids):
+                pass
+
+            def put_step(self, record):
+                self.records.append(record)
+                if len(self.records) == self.most:
+                    raise Enough
+
+            def end(self):
+                self.ended = True
+
+        history = model.generate(PROMPT, return_dict_in_generate=True, output_history=True, **SETTINGS).history
+        whole, cut = Streamer(None), Streamer(2)
+        ids = model.generate(PROMPT, streamer=whole, **SETTINGS)
+        assert len(whole.records) == len(history)
+        for record, expected in zip(whole.records, history, strict=True):
+            assert torch.equal(record.ids, expected.ids)
+            masked = record.ids == SETTINGS["mask_token_id"]
+            assert torch.equal(record.draft[~masked], record.ids[~masked])
+            assert not (record.draft == SETTINGS["mask_token_id"]).any()
+        with pytest.raises(Enough):
+            model.generate(PROMPT, streamer=cut, **SETTINGS)
+        assert (len(cut.records), cut.ended) == (2, True)
+        assert torch.equal(model.generate(PROMPT, **SETTINGS), ids)

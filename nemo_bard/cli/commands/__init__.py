@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("nemo_bard.cli.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
     "merge": ("nemo_bard.cli.commands.merge", "add LoRA adapters to their base checkpoint"),
     "generate": ("nemo_bard.cli.commands.generate", "answer a prompt, or a file of prompts"),
+    "serve": ("nemo_bard.cli.commands.serve", "serve a checkpoint with OpenAI's interface and a web page"),
     "evaluate": ("nemo_bard.cli.commands.evaluate", "score a checkpoint on a data set, with its speed"),
     "eval": ("nemo_bard.cli.commands.eval", "run public benchmarks through lmms-eval"),
     "calibrate": ("nemo_bard.cli.commands.calibrate", "find the fastest decoding setting within a tolerated loss"),

