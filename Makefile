@@ -1,4 +1,4 @@
-# make test | test-slurm | test-vllm | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,7 +15,7 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not vllm
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
@@ -31,7 +31,7 @@ endif
 VLLM_RUN ?=
 VLLM_TESTS ?= tests/vllm
 
-.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-chain test-gpu bench-gpu lint clean
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -63,6 +63,10 @@ test-vllm: $(READY) $(VLLM_READY) # 3.5 GB on a CPU; VLLM_PYTHON=... is an envir
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
+
+test-lmms: $(READY) # brings lmms-eval into the environment first
+	$(PIP) --no-deps -r constraints-lmms.txt
+	$(PYTHON) -m pytest -m lmms -rs tests/integration/test_lmms_eval.py
 
 test-gpu: $(READY) # skips, and says so, where there is no CUDA device
 	$(PYTHON) -m pytest -m gpu -rfEs $(PYTEST_ARGS)

@@ -145,6 +145,26 @@ def test_batches_of_one_and_of_four_answer_alike(evaluate, read_and_rounds, star
     assert [line["filtered_resps"] for line in alone] == together
 
 
+def test_two_processes_share_the_samples(tasks, site, start, tmp_path):
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", os.getcwd())])
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lmms_eval",
+    ]
+    command += ["--model", "bard_vl", "--model_args", f"pretrained={start},device=cpu", "--tasks", "digits_read"]
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path), "--log_samples"]
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(tasks / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    _, found = read_run(tmp_path)
+    assert [line["doc_id"] for line in found["digits_read"]] == list(range(SAMPLES)), done.stdout + done.stderr
+
+
 def test_choices_are_made_by_likelihood(evaluate, responder, samples, start):
     from nemo_bard.data.encode import encode_prompts
     from nemo_bard.evaluation.likelihood import response_likelihood

@@ -97,6 +97,7 @@ class BardVL(lmms):
         check_checkpoint(self.settings.pretrained, self.settings.dtype, block_diffusion=True)
         self.accelerator, device = _share_of_machine(self.settings)
         self.net, self.processor = load_checkpoint(self.settings.pretrained, device=device, dtype=self.settings.dtype)
+        self.device: torch.device = self.net.device  # where lmms-eval puts what its processes exchange
         _resize_as_told(self.processor, self.settings)
         self.config: BardGenerationConfig = self.net.generation_config.updated(**overrides)
         self.method = resolve_method(self.settings.loglikelihood, self.net.config.context_attention)
@@ -256,7 +257,7 @@ class BardVL(lmms):
             f" seed {self.settings.likelihood_seed}"
         )
 
-    def _response_ids(self, text: str) -> torch.Tensor:
+    def _response_ids(self, text: Any) -> torch.Tensor:
         ids = self.processor.tokenizer(str(text).lstrip(), add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
