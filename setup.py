@@ -68,6 +68,7 @@ setup(
         "wandb": ["nemo-automodel[wandb]"],
         "dev": [
             *DEMO,
+            "httpx2",  # benchmarks/serve.py; transformers brings it too
             "import-linter>=2.0",
             "pre-commit",
             "pyright[nodejs]",

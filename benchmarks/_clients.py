@@ -1,10 +1,8 @@
-"""Clients of an OpenAI endpoint: requests made of samples, answers streamed, and when their pieces came."""
+"""Clients of an OpenAI endpoint: answers streamed, when their pieces came, and what follows from that."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,34 +15,6 @@ import numpy as np
 from _report import Row, one_line
 
 SHOWN_UNEQUAL = 3
-
-
-# ------------------ requests ------------------
-def png_url(image: Any) -> str:
-    """``data:`` URL of an image, a ``PIL.Image`` or a source that opens as one: upright, RGB, lossless."""
-    opened = image.open_image() if hasattr(image, "open_image") else image
-    stream = io.BytesIO()
-    opened.convert("RGB").save(stream, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def openai_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns as OpenAI has them; a last turn of the assistant is left out.
-
-    Raises:
-        ValueError: For a video, which OpenAI's interface has no place for.
-    """
-    turns = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
-    return [{"role": turn["role"], "content": [openai_part(part) for part in turn["content"]]} for turn in turns]
-
-
-def openai_part(part: dict[str, Any]) -> dict[str, Any]:
-    """A typed part of a turn."""
-    if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
-    if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": png_url(part["image"])}}
-    raise ValueError(f"only texts and images are sent, and a sample has a {part['type']}")
 
 
 # ------------------ answers ------------------
