@@ -134,7 +134,9 @@ class Endpoint:
                     done = read_event(event.data, answer) or done
                 if not done:
                     raise ConnectionError("the stream ended without [DONE]")
-        except (httpx2.HTTPError, ConnectionError, ValueError) as error:
+        except ConnectionError as error:
+            answer.error = " ".join(str(error).split())
+        except (httpx2.HTTPError, ValueError) as error:
             answer.error = one_line(error)
         answer.end = time.perf_counter()
         return answer

@@ -58,6 +58,7 @@ def serving(command: list[str], endpoint: Endpoint, log: Path, timeout: float) -
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
                 preexec_fn=partial(die_with, os.getpid()),  # if this process is killed
             )
         except OSError as error:

@@ -209,6 +209,8 @@ def facts(args: argparse.Namespace) -> Row:
     here = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     asked = {"data": str(args.prompts or args.data), "max_tokens": args.max_tokens, "temperature": args.temperature}
     tokens = "tokenizer" if args.tokenizer else "usage"
+    if args.api_key:
+        here["command"] = here["command"].replace(args.api_key, "***")
     return {**here, "dtype": None, **asked, "seed": args.seed, "xargs": args.xargs, "tokens_by": tokens}
 
 
