@@ -42,6 +42,7 @@ COLUMNS = {
     "errors": "errors|d",
     "tokens_per_second": "tok/s|.1f",
     "times_rival": "x rival|.2f",
+    "tpf": "TPF|.2f",
     "first_p50_ms": "first ms, p50|.0f",
     "first_p99_ms": "p99|.0f",
     "between_p50_ms": "between ms, p50|.1f",
@@ -167,10 +168,14 @@ class Benchmark:
         asyncio.run(asking(order=warm_up, tick=lambda: None))
         with tqdm(total=requests, desc=f"{clients} clients", unit="answer", leave=False, disable=None) as bar:
             order = [index % len(bodies) for index in range(requests)]
+            before = endpoint.denoising_steps()
             answers = asyncio.run(asking(order=order, tick=bar.update))
+            after = endpoint.denoising_steps()
         if clients == 1:
             solo.update({answer.index: answer.outcome for answer in answers if answer.error is None})
         row = {**figures(answers, self.count), **compare(answers, solo, lambda answer: answer.outcome, "solo")}
+        if before is not None and after is not None and after > before and not row["errors"]:
+            row["tpf"] = row["tokens"] / (after - before)
         if self.reference is not None:
             row.update(compare(answers, self.reference, lambda answer: answer.text, "reference"))
         return row

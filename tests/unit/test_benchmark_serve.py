@@ -60,6 +60,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             self.tell(200, {"data": [{"id": "one"}, {"id": "other"}]})
+        elif self.path == "/metrics":
+            steps = 2 * len(self.server.pretender.bodies)
+            text = f'# HELP a b\nvllm:diffusion_num_denoising_steps_total{{engine="0"}} {steps}.0\nother 5\n'.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
         elif self.path == "/version":
             self.tell(200, {"version": "9.9"})
         else:
@@ -134,6 +141,7 @@ def test_counts_and_requests(serve, pretender, tmp_path, monkeypatch):
         assert row["solo_equal"] == row["solo_compared"] == row["requests"]
         assert row["errors"] == 0
         assert row["pieces"] == 3
+        assert row["tpf"] == 7 / 2
         assert 10 < row["between_p50_ms"] < row["first_p50_ms"] < row["latency_p50_ms"] <= row["latency_p99_ms"]
     assert pretender.most == 4
     assert len(pretender.bodies) == 1 + 3 + 4 + 8, "the warm-up is asked, and not counted"
