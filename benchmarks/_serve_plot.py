@@ -6,7 +6,7 @@ from pathlib import Path
 
 from _report import Row
 
-PANELS = {"tokens_per_second": "response tokens/s", "first_p50_ms": "ms to the first block, median"}
+PANELS = {"tokens_per_second": "response tokens/s", "first_p50_ms": "ms to the first block (rival: token), median"}
 
 
 def plot(rows: list[Row], path: Path) -> bool:
