@@ -75,6 +75,7 @@ setup(
         "dev": [
             *DEMO,
             *SERVE,
+            "httpx2",  # benchmarks/serve.py; transformers brings it too
             "import-linter>=2.0",
             "openai",  # tests of the local server
             "playwright",  # tests of its page, with a Chromium of the system

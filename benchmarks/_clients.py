@@ -1,10 +1,8 @@
-"""Clients of an OpenAI endpoint: requests made of samples, answers streamed, and when their pieces came."""
+"""Clients of an OpenAI endpoint: answers streamed, when their pieces came, and what follows from that."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,34 +15,7 @@ import numpy as np
 from _report import Row, one_line
 
 SHOWN_UNEQUAL = 3
-
-
-# ------------------ requests ------------------
-def png_url(image: Any) -> str:
-    """``data:`` URL of an image, a ``PIL.Image`` or a source that opens as one: upright, RGB, lossless."""
-    opened = image.open_image() if hasattr(image, "open_image") else image
-    stream = io.BytesIO()
-    opened.convert("RGB").save(stream, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def openai_messages(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns as OpenAI has them; a last turn of the assistant is left out.
-
-    Raises:
-        ValueError: For a video, which OpenAI's interface has no place for.
-    """
-    turns = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
-    return [{"role": turn["role"], "content": [openai_part(part) for part in turn["content"]]} for turn in turns]
-
-
-def openai_part(part: dict[str, Any]) -> dict[str, Any]:
-    """A typed part of a turn."""
-    if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
-    if part["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": png_url(part["image"])}}
-    raise ValueError(f"only texts and images are sent, and a sample has a {part['type']}")
+STEPS_COUNTER = "vllm:diffusion_num_denoising_steps_total"
 
 
 # ------------------ answers ------------------
@@ -125,30 +96,49 @@ class Endpoint:
         """Of a client: a proxy is not asked for a server on this machine."""
         return {"headers": self.headers, "timeout": self.timeout, "trust_env": not self.is_here}
 
-    def get(self, path: str) -> Any:
-        """JSON of a GET.
+    def get(self, path: str) -> httpx2.Response:
+        """Answer of a GET.
 
         Raises:
-            ConnectionError: If the server does not answer, or not with 200 and JSON.
+            ConnectionError: If the server does not answer, or not with 200.
         """
         try:
             with httpx2.Client(**self.settings()) as client:
                 found = client.get(self.url + path)
             check_status(found.status_code, found.content)
-            return found.json()
-        except (httpx2.HTTPError, httpx2.InvalidURL, ConnectionError, ValueError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ConnectionError(f"{self.url}{path}: {one_line(error)}") from error
+        except ConnectionError as error:
+            raise ConnectionError(f"{self.url}{path}: {error}") from error
+        return found
 
     def models(self) -> list[str]:
-        """Names of the served models."""
-        return [model["id"] for model in self.get("/v1/models")["data"]]
+        """Names of the served models.
+
+        Raises:
+            ConnectionError: If the server does not tell.
+        """
+        found = self.get("/v1/models")
+        try:
+            return [model["id"] for model in found.json()["data"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConnectionError(f"{self.url}/v1/models is no list of models: {found.text[:100]!r}") from error
 
     def version(self) -> str | None:
         """Version of vLLM's server; None of a server that does not tell."""
         try:
-            return self.get("/version").get("version")
-        except (ConnectionError, AttributeError):
+            return self.get("/version").json()["version"]
+        except (ConnectionError, ValueError, TypeError, KeyError):
             return None
+
+    def denoising_steps(self) -> float | None:
+        """Denoising steps of all requests since the start, as vLLM counts them; None of another server."""
+        try:
+            lines = self.get("/metrics").text.splitlines()
+        except ConnectionError:
+            return None
+        values = [line.rpartition(" ")[2] for line in lines if line.startswith(STEPS_COUNTER)]
+        return sum(map(float, values)) if values else None
 
     async def ask(self, client: httpx2.AsyncClient, index: int, body: bytes) -> Answer:
         """Send a request and read its stream; what fails is in ``error``."""
@@ -164,7 +154,9 @@ class Endpoint:
                     done = read_event(event.data, answer) or done
                 if not done:
                     raise ConnectionError("the stream ended without [DONE]")
-        except (httpx2.HTTPError, ConnectionError, ValueError) as error:
+        except ConnectionError as error:
+            answer.error = " ".join(str(error).split())
+        except (httpx2.HTTPError, ValueError) as error:
             answer.error = one_line(error)
         answer.end = time.perf_counter()
         return answer

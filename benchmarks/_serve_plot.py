@@ -6,7 +6,7 @@ from pathlib import Path
 
 from _report import Row
 
-PANELS = {"tokens_per_second": "response tokens/s", "first_p50_ms": "ms to the first block, median"}
+PANELS = {"tokens_per_second": "response tokens/s", "first_p50_ms": "ms to the first block (rival: token), median"}
 
 
 def plot(rows: list[Row], path: Path) -> bool:
@@ -25,11 +25,11 @@ def plot(rows: list[Row], path: Path) -> bool:
     for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
         for name in dict.fromkeys(row["server"] for row in measured):
             points = sorted((row["clients"], row[key]) for row in measured if row["server"] == name and key in row)
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
         levels = sorted({row["clients"] for row in measured})
         axis.set_xscale("log", base=2)
         axis.set_xticks(levels, [str(level) for level in levels])
-        axis.set(title=title, xlabel="clients", ylim=(0, None))
+        axis.set(title=title, xlabel="clients", ylim=(0, 1.1 * max([row.get(key, 0) for row in measured]) or 1))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from _clients import Endpoint
+
+from nemo_bard.base.processes import die_with
 
 MODULE = "vllm.entrypoints.openai.api_server"
 UNCACHED = (("--no-enable-prefix-caching",), ("--mm-processor-cache-gb", "0"))
@@ -50,7 +53,14 @@ def serving(command: list[str], endpoint: Endpoint, log: Path, timeout: float) -
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         try:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"},
+                preexec_fn=partial(die_with, os.getpid()),  # if this process is killed
+            )
         except OSError as error:
             raise ConnectionError(f"{command[0]} cannot be started: {error.strerror}") from error
     try:

@@ -26,9 +26,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from _clients import Answer, Endpoint, ask_all, compare, figures, openai_messages
+from _clients import Answer, Endpoint, ask_all, compare, figures
 from _report import Results, Row, attempt, environment, table
 from _serve_plot import plot
+from _serve_prompts import Prompts, make_bodies, read_prompts, read_reference, write_prompts
 from _servers import free_port, server_command, serving
 from tqdm import tqdm
 
@@ -41,6 +42,7 @@ COLUMNS = {
     "errors": "errors|d",
     "tokens_per_second": "tok/s|.1f",
     "times_rival": "x rival|.2f",
+    "tpf": "TPF|.2f",
     "first_p50_ms": "first ms, p50|.0f",
     "first_p99_ms": "p99|.0f",
     "between_p50_ms": "between ms, p50|.1f",
@@ -115,83 +117,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# ------------------ prompts ------------------
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """What is asked."""
-
-    ids: list[Any]
-    messages: list[list[dict[str, Any]]]
-    """OpenAI's, images in them."""
-
-
-def read_prompts(args: argparse.Namespace) -> Prompts:
-    """The prompts of ``--prompts`` or ``--data``, images read.
-
-    Raises:
-        ValueError: If they cannot be had.
-    """
-    if args.prompts is not None:
-        from nemo_bard.evaluation.batch import read_prompts as read_lines
-
-        lines = read_lines(args.prompts, "")[: args.samples]
-        return Prompts(ids=[line.id for line in lines], messages=[openai_messages(line.conversation) for line in lines])
-    from nemo_bard.data.readers import open_dataset
-
-    dataset = open_dataset(args.data, limit=args.samples)
-    count = min(args.samples, len(dataset))
-    messages = [openai_messages(dataset[index]["conversation"]) for index in range(count)]
-    return Prompts(ids=list(range(count)), messages=messages)
-
-
-def write_prompts(path: Path, prompts: Prompts) -> None:
-    """Write prompts as a file for ``nemo-bard generate --batch``, images in it."""
-    from nemo_bard.base.files import write_text
-
-    def part(one: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image", "image": one["image_url"]["url"]} if one["type"] == "image_url" else one
-
-    records = [
-        {"id": id_, "messages": [{**turn, "content": [part(one) for one in turn["content"]]} for turn in messages]}
-        for id_, messages in zip(prompts.ids, prompts.messages, strict=True)
-    ]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def read_reference(path: Path, prompts: Prompts) -> dict[int, str]:
-    """Texts by the place of their prompt.
-
-    Raises:
-        ValueError: If a line is no answer or a prompt has none.
-    """
-    texts: dict[Any, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            texts[record["id"]] = record["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no answer of nemo-bard generate ({one_line(error)})") from error
-    for id_ in prompts.ids:
-        if id_ not in texts:
-            raise ValueError(f"{path} has no answer to the prompt with id {id_!r}")
-    return {index: texts[id_] for index, id_ in enumerate(prompts.ids)}
-
-
-def make_bodies(args: argparse.Namespace, prompts: Prompts, model: str, xargs: dict[str, Any]) -> list[bytes]:
-    """A request for each prompt, encoded."""
-    shared = {
-        "model": model,
-        "max_tokens": args.max_tokens,
-        "temperature": args.temperature,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **({"vllm_xargs": xargs} if xargs else {}),
-    }
-    seeds = [{"seed": args.seed + index} if args.temperature > 0 else {} for index in range(len(prompts.messages))]
-    pairs = zip(prompts.messages, seeds, strict=True)
-    return [json.dumps({**shared, **seed, "messages": messages}).encode() for messages, seed in pairs]
-
-
 # ------------------ measuring ------------------
 def token_counter(tokenizer: Path | None) -> Callable[[Answer], int]:
     """How response tokens of an answer are counted: by the server's usage, or by a tokenizer."""
@@ -241,14 +166,18 @@ class Benchmark:
         asking = partial(ask_all, endpoint, bodies, clients=clients)
         warm_up = [index % len(bodies) for index in range(clients * self.args.warm_up)]
         asyncio.run(asking(order=warm_up, tick=lambda: None))
-        with tqdm(total=requests, desc=f"{clients} clients", unit="answer", leave=False) as bar:
+        with tqdm(total=requests, desc=f"{clients} clients", unit="answer", leave=False, disable=None) as bar:
             order = [index % len(bodies) for index in range(requests)]
+            before = endpoint.denoising_steps()
             answers = asyncio.run(asking(order=order, tick=bar.update))
+            after = endpoint.denoising_steps()
         if clients == 1:
             solo.update({answer.index: answer.outcome for answer in answers if answer.error is None})
         row = {**figures(answers, self.count), **compare(answers, solo, lambda answer: answer.outcome, "solo")}
+        if before is not None and after is not None and after > before and not row["errors"]:
+            row["tpf"] = row["tokens"] / (after - before)
         if self.reference is not None:
-            row.update(compare(answers, self.reference, lambda answer: answer.text.strip(), "reference"))
+            row.update(compare(answers, self.reference, lambda answer: answer.text, "reference"))
         return row
 
     def times_rival(self, row: Row) -> Row:
@@ -285,6 +214,8 @@ def facts(args: argparse.Namespace) -> Row:
     here = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     asked = {"data": str(args.prompts or args.data), "max_tokens": args.max_tokens, "temperature": args.temperature}
     tokens = "tokenizer" if args.tokenizer else "usage"
+    if args.api_key:
+        here["command"] = here["command"].replace(args.api_key, "***")
     return {**here, "dtype": None, **asked, "seed": args.seed, "xargs": args.xargs, "tokens_by": tokens}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -73,7 +74,8 @@ def _count_frames(path: str | os.PathLike) -> int:
     """Frames of a file whose header does not say how many (WebM, Matroska), without decoding them."""
     import av
 
-    with av.open(os.fspath(path)) as container:
+    container = av.open(os.fspath(path))
+    with contextlib.closing(container):
         return sum(packet.size > 0 for packet in container.demux(video=0))
 
 

@@ -7,6 +7,7 @@ Nothing is imported here before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from functools import partial
@@ -87,7 +88,7 @@ def read_video(element: dict[str, Any]) -> tuple[Tensor, dict[str, Any], float]:
 
     path = str(element["video"]).removeprefix("file://")
     try:
-        with av.open(path) as container:
+        with contextlib.closing(av.open(path)) as container:
             stream = container.streams.video[0]
             fps, total = float(stream.average_rate or 1), stream.frames
             if not total:  # WebM and Matroska do not say
@@ -98,7 +99,7 @@ def read_video(element: dict[str, Any]) -> tuple[Tensor, dict[str, Any], float]:
         count = smart_nframes(element, total_frames=whole, video_fps=fps)
         kept = torch.linspace(first, last, count).round().long()
         wanted = set(kept.tolist())
-        with av.open(path) as container:
+        with contextlib.closing(av.open(path)) as container:
             frames = {
                 index: torch.from_numpy(frame.to_ndarray(format="rgb24"))
                 for index, frame in enumerate(container.decode(video=0))

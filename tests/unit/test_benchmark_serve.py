@@ -60,6 +60,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             self.tell(200, {"data": [{"id": "one"}, {"id": "other"}]})
+        elif self.path == "/metrics":
+            steps = 2 * len(self.server.pretender.bodies)
+            text = f'# HELP a b\nvllm:diffusion_num_denoising_steps_total{{engine="0"}} {steps}.0\nother 5\n'.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
         elif self.path == "/version":
             self.tell(200, {"version": "9.9"})
         else:
@@ -120,7 +127,8 @@ def run(serve, pretender, tmp_path, *arguments: str) -> tuple[int, dict]:
     return code, json.loads(output.read_text())
 
 
-def test_counts_and_requests(serve, pretender, tmp_path):
+def test_counts_and_requests(serve, pretender, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--api-key=secret"])
     flags = ("--samples", "3", "--clients", "4", "--per-client", "2", "--api-key", "secret", "--max-tokens", "9")
     pretender.pause = 0.01
     code, found = run(serve, pretender, tmp_path, *flags, "--xargs", '{"denoising_steps": 4}')
@@ -133,6 +141,7 @@ def test_counts_and_requests(serve, pretender, tmp_path):
         assert row["solo_equal"] == row["solo_compared"] == row["requests"]
         assert row["errors"] == 0
         assert row["pieces"] == 3
+        assert row["tpf"] == 7 / 2
         assert 10 < row["between_p50_ms"] < row["first_p50_ms"] < row["latency_p50_ms"] <= row["latency_p99_ms"]
     assert pretender.most == 4
     assert len(pretender.bodies) == 1 + 3 + 4 + 8, "the warm-up is asked, and not counted"
@@ -144,6 +153,7 @@ def test_counts_and_requests(serve, pretender, tmp_path):
     image, text = body["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text["type"] == "text"
+    assert "secret" not in json.dumps(found), "nor is it in the command"
     assert found["versions_served"] == {"server": "9.9"}
     assert (tmp_path / "out/serve.png").stat().st_size > 5000
 
@@ -167,7 +177,7 @@ def test_errors_count_and_compare_nothing(serve, pretender, tmp_path):
     assert code == 1
     one, two = found["rows"]
     assert (one["errors"], one["tokens"], one["solo_compared"]) == (1, 21, 3)
-    assert one["first_error"] == "ConnectionError: HTTP 429: too many"
+    assert one["first_error"] == "HTTP 429: too many"
     assert (two["errors"], two["tokens"]) == (1, 21)
     assert two["solo_compared"] in (2, 3)  # the first prompt has no solo answer
 
@@ -195,8 +205,9 @@ def test_a_server_that_fails_is_one_line(serve, pretender, tmp_path, capsys):
     pretender.fails = lambda _: (500, "boom\nand more")
     code, found = run(serve, pretender, tmp_path, *flags)
     assert code == 1
-    assert found["rows"][0]["failed"].startswith("ConnectionError: all 2 requests failed, the first with")
-    assert "HTTP 500: boom" in found["rows"][0]["failed"]
+    told = "ConnectionError: all 2 requests failed, the first with HTTP 500: boom and more"
+    assert found["rows"][0]["failed"] == told
+    assert capsys.readouterr().err.count("\n") == 1
     pretender.fails, pretender.usage = (lambda _: None), False
     assert "give --tokenizer DIR" in run(serve, pretender, tmp_path, *flags)[1]["rows"][0]["failed"]
     capsys.readouterr()

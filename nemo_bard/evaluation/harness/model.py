@@ -224,7 +224,7 @@ class BardVL(lmms):
                 raise ValueError("the metric acc_mutual_info is not supported: bard_vl answers prompts alone")
             context, target, doc_to_visual, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
-            response = self._response_ids(target(doc) if callable(target) else target)
+            response = self._response_ids(str(target(doc) if callable(target) else target))
             with _named(f"{task} {split} {doc_id}"):
                 if prompt != (prompt := (task, split, doc_id, context)):  # the choices of a question come one by one
                     turns = read_messages(user_turn(doc_to_visual(doc), context), self.settings.system_prompt)
