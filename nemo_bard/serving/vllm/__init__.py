@@ -26,7 +26,7 @@ def register() -> None:
         logger.warning("%s", unsupported(version))
         AutoConfig.register(MODEL_TYPE, RefusedConfig, exist_ok=True)
         return
-    from vllm import ModelRegistry
+    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY  # pyright: ignore[reportMissingImports]
 
