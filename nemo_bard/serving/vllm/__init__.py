@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """The plugin of vLLM: BARD on stock vLLM, through its path for diffusion models. Imports neither nemo_automodel nor training.
 
 vLLM calls ``register`` in every process (entry point ``vllm.general_plugins``). ``config`` is what a model asks of the
@@ -27,7 +26,7 @@ def register() -> None:
         logger.warning("%s", unsupported(version))
         AutoConfig.register(MODEL_TYPE, RefusedConfig, exist_ok=True)
         return
-    from vllm import ModelRegistry  # pyright: ignore[reportAttributeAccessIssue]
+    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY  # pyright: ignore[reportMissingImports]
 
