@@ -105,7 +105,7 @@ def test_entry_point_missing(monkeypatch):
 
 
 def test_import_that_fails_becomes_a_finding(monkeypatch):
-    def fail(_):
+    def fail(*_):
         raise RuntimeError("triton 3.9\nis too new")
 
     monkeypatch.setattr(doctor.importlib, "import_module", fail)
