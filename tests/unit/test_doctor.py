@@ -108,7 +108,7 @@ def test_import_that_fails_becomes_a_finding(monkeypatch):
     def fail(*_):
         raise RuntimeError("triton 3.9\nis too new")
 
-    monkeypatch.setattr(doctor.importlib, "import_module", fail)
+    monkeypatch.setattr(doctor.automodel, "model_class_of", fail)
     check = doctor.check_architecture_registered()
     assert check.state == doctor.BROKEN
     assert "RuntimeError: triton 3.9 is too new" in check.finding
