@@ -105,10 +105,10 @@ def test_entry_point_missing(monkeypatch):
 
 
 def test_import_that_fails_becomes_a_finding(monkeypatch):
-    def fail(_):
+    def fail(*_):
         raise RuntimeError("triton 3.9\nis too new")
 
-    monkeypatch.setattr(doctor.importlib, "import_module", fail)
+    monkeypatch.setattr(doctor.automodel, "model_class_of", fail)
     check = doctor.check_architecture_registered()
     assert check.state == doctor.BROKEN
     assert "RuntimeError: triton 3.9 is too new" in check.finding
