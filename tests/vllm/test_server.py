@@ -69,7 +69,7 @@ def counter(server, name):
 
 def test_ids_are_those_of_generate_whoever_else_asks(stage):
     server, answers = stage
-    assert len({tuple(answer["ids"]) for answer in answers}) > COUNT // 3
+    assert len({tuple(answer["ids"]) for answer in answers}) > 1  # so that an answer of somebody else would be seen
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda answer: ids_of(server, answer)[0], answers))
     assert found == [answer["ids"] for answer in answers]
