@@ -28,7 +28,6 @@ from nemo_bard.data.lengths import last_line_of_worker_error
 from nemo_bard.data.packing import PackedDataset, pack_dataset
 from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.rejects import check_on_bad_sample
-from nemo_bard.data.stream import is_ordered
 from nemo_bard.generation.settings import check_mask_token_id
 from nemo_bard.method.layout import RowOptions
 from nemo_bard.method.losses import BlockDiffusionLoss
@@ -178,7 +177,7 @@ class PBMRecipe(ResumedTraining):
             self._complete(loader.collator.build(processor=processor), self.noise, packed=True),
             cache_dir=self._cache_dir(),
             seed=self.seed,
-            shuffle=loader.shuffle and not is_ordered(dataset),
+            shuffle=loader.shuffle,
             num_workers=loader.num_workers,
             drop_bad=self.on_bad_sample.drops,
             ranks=ranks,
