@@ -68,5 +68,5 @@ def _encodable(key: str, value: Any) -> None:
     try:
         json.dumps([key, value], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        bad = error.object[error.start]
-        raise BadRequest(f"{short_key(key)} holds {bad!a}, which is no character", short_key(key)) from error
+        name = short_key(key).encode("ascii", "backslashreplace").decode()
+        raise BadRequest(f"{name} holds {error.object[error.start]!a}, which is no character", name) from error
