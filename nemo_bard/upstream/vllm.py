@@ -191,7 +191,7 @@ def add_body_check(check: Callable[[Any], None], wanted: Callable[[Any], bool]) 
         check: Called with the parsed body; its exceptions are handled as the server handles those of its own checks.
         wanted: Whether a server needs it, by vLLM's model configuration.
     """
-    module = sys.modules.get(_APP)
+    module: Any = sys.modules.get(_APP)
     if module is None or hasattr(module.register_api_routers, "__wrapped__"):
         return
     from fastapi import Depends  # pyright: ignore[reportMissingImports]
