@@ -49,7 +49,9 @@ def test_prefix_cache_with_small_steps(reference, drive, block_size, causal, mor
     )
     for cases, answers in rounds:
         check(cases, answers)
-    for name in () if "num_gpu_blocks_override" in more else ("grown", "raw_grown", "video_turns"):  # few pages are soon others'
+    for name in (
+        () if "num_gpu_blocks_override" in more else ("grown", "raw_grown", "video_turns")
+    ):  # few pages are soon others'
         cached = [answer["cached"] for case, answer in zip(*rounds[1], strict=True) if case["name"] == name]
         assert sum(cached) > 0, name
     if "num_gpu_blocks_override" in more:

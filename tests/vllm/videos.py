@@ -1,6 +1,8 @@
 """Clips of digits for the tests of the vLLM plugin: files as cameras write them, and what ``generate`` reads of them."""
 
 import json
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +47,14 @@ def write_clips(folder, images):
         paths.append(folder / f"{number}.mp4")
         write(paths[-1], [frames[(3 * number + index // stay) % len(frames)] for index in range(count)], rate)
     return paths
+
+
+def encoded(count):
+    """The bytes of a file of so many grey frames."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grey.mp4"
+        write(path, [np.full((64, 64, 3), 100 + index, np.uint8) for index in range(count)], 2)
+        return path.read_bytes()
 
 
 def save_read(path, video_processor):
