@@ -92,8 +92,8 @@ def test_a_file_of_a_video_gives_the_ids_of_generate(stage):
     asks = [(clip, {"messages": of_video(clip)}) for clip in server.clips] + [(answer, {}) for answer in answers[:3]]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda ask: ids_of(server, ask[0], **ask[1]), asks))
-    for number, ((expected, _), (ids, body)) in enumerate(zip(asks, found, strict=True)):
-        assert body["prompt_token_ids"] == expected["prompt_ids"], number
+    for number, ((expected, _), (ids, whole)) in enumerate(zip(asks, found, strict=True)):
+        assert whole["prompt_token_ids"] == expected["prompt_ids"], number
         assert ids == expected["ids"], number
     assert len({tuple(clip["ids"]) for clip in server.clips}) > len(server.clips) // 2
 
@@ -121,7 +121,8 @@ def test_wrong_videos_are_refused_in_one_line(stage):
         )
         assert 400 <= status < 500, (name, status, found[:500])
         message = json.loads(found)["error"]["message"]
-        assert message and "\n" not in message, (name, message)
+        assert message, name
+        assert "\n" not in message, (name, message)
     two = of_video(clip)
     two[0]["content"] *= 2
     assert server.send(Case("video", dump(asked(clip, messages=two)), REFUSED))[0] == 400
@@ -172,9 +173,9 @@ def test_wrong_requests_are_refused_and_the_engine_lives(stage):
     source = random.Random(0)
     wrong = [Case("settings", dump(asked(answers[0], vllm_xargs=given)), REFUSED) for given in WRONG_SETTINGS]
     wrong += [Case("unsupported", dump(asked(answers[0]) | given), REFUSED) for given in UNSUPPORTED]
-    for picture, expected in PICTURES:
+    for medium, expected in PICTURES:
         if expected == REFUSED:
-            found = picture(source) if callable(picture) else picture
+            found = medium(source) if callable(medium) else medium
             wrong.append(Case("picture", dump(body("bard", image=found)), REFUSED))
     wrong += [not_json("bard", source, 8) for _ in range(12)]
     wrong.append(Case("large", dump(body("bard", text="digits " * 1_400_000)), REFUSED))
