@@ -91,6 +91,12 @@ TOUCHED = (
         until="vLLM makes a 4xx of every picture that cannot be loaded",
         source='MEDIA_CONNECTOR_REGISTRY.register("http")',
     ),
+    _read(
+        "vllm.multimodal.video.Qwen3VLVideoBackend.compute_frames_index_to_sample",
+        reason="chosen by its name `qwen3_vl`, with the checkpoint's least and most frames, so that files are sampled as generate does",
+        until="vLLM samples files as the checkpoint's video processor says",
+        source='max_frames = min(kwargs.get("max_frames", cls._MAX_FRAMES), cls._MAX_FRAMES)',
+    ),
 )
 
 

@@ -42,10 +42,10 @@ def vllm_python() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of processes of that environment; the shims are for a machine without a GPU."""
+    """Of processes of that environment, with this checkout; the shims are for a machine without a GPU."""
     return {
         **os.environ,
-        "PYTHONPATH": str(SHIMS),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SHIMS)]),
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+SAMPLER = "qwen3_vl"
+"""vLLM's counterpart of Qwen3-VL's sampling. By itself it does not take it for a checkpoint of ours, but 32 frames of every file."""
 VLLM_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
-"""What vLLM 0.32 takes of a video file for Qwen3-VL, whatever the checkpoint's processor says."""
+"""What that takes whatever the checkpoint's processor says."""
 
 
 def fill_sampling(model_config: Any) -> None:
     """Let files be sampled as the checkpoint's video processor says, unless ``--media-io-kwargs`` says otherwise.
 
     Args:
-        model_config: vLLM's; its ``media_io_kwargs`` get what differs from ``VLLM_DEFAULTS``.
+        model_config: vLLM's; its ``media_io_kwargs`` get the sampler and what differs from ``VLLM_DEFAULTS``.
     """
     multimodal = model_config.multimodal_config
     if multimodal is None:
@@ -28,6 +30,6 @@ def fill_sampling(model_config: Any) -> None:
         for name, default in VLLM_DEFAULTS.items()
         if (value := getattr(processor, name, None)) not in (None, default)
     }
-    if differs:
-        given = multimodal.media_io_kwargs
-        multimodal.media_io_kwargs = {**given, "video": {**differs, **given.get("video", {})}}
+    given = multimodal.media_io_kwargs
+    video = {"video_backend": SAMPLER, **differs, **given.get("video", {})}
+    multimodal.media_io_kwargs = {**given, "video": video}
