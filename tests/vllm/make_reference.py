@@ -83,10 +83,11 @@ def with_videos(samples, ask):
 def raw(model):
     """Prompts without turns: blocks are counted from the start, and from the end of the prompt on. Ids only."""
     ids = torch.arange(3, 131) % 500
-    for length in (45, 64, 71):
-        settings = {"max_new_tokens": 48, "confidence_threshold": 0.9}
+    # The answers of the last two end where a page of 32 does: with their last block, and within it.
+    for length, most, more in ((45, 48, 0), (64, 48, 0), (71, 48, 0), (48, 48, 5), (51, 45, 5)):
+        settings = {"max_new_tokens": most, "confidence_threshold": 0.9}
         first = ids_of(model.generate({"input_ids": ids[None, :length]}, eos_token_id=-1, **settings))
-        longer = [*ids[:length].tolist(), *first]
+        longer = [*ids[:length].tolist(), *first, *ids[:more].tolist()]
         then = ids_of(model.generate({"input_ids": torch.tensor([longer])}, eos_token_id=-1, **settings))
         common = {"prompt": None, "images": [], "videos": [], "settings": {**settings, "ignore_eos": True}}
         yield {"name": "raw", "prompt_ids": ids[:length].tolist(), "ids": first, **common}
