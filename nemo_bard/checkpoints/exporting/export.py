@@ -13,11 +13,13 @@ from nemo_bard.base.folders import CONFIG, check_model_type
 from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE
 from nemo_bard.checkpoints.convert import check_loads, spell_rope_twice
 from nemo_bard.checkpoints.exporting import places, writing
+from nemo_bard.checkpoints.exporting.card import write_card
+from nemo_bard.checkpoints.exporting.facts import calibration_folder, read_facts
 from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_companions
 from nemo_bard.checkpoints.exporting.weights import check_complete, expected_shapes
 from nemo_bard.checkpoints.folder import DTYPES, check_target
 
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
@@ -95,7 +97,13 @@ def export(
         write_object(folder / CONFIG, with_dtype(config, stored))
         notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
         take_companions(origin, folder)
+        facts = read_facts(origin.place, base)
         write_generation(origin, folder)
+        copy_card = origin.place.folder / CARD if not facts.stages else None
+        if copy_card is not None and copy_card.is_file():  # of a folder that no run made
+            shutil.copyfile(copy_card, folder / CARD)
+        else:
+            (folder / CARD).write_text(write_card(target.resolve().name, facts, config), encoding="utf-8")
         check_loads(folder)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
@@ -152,10 +160,11 @@ def check_room(folder: Path, size: int, target: Path) -> None:
 
 
 def write_generation(origin: Origin, folder: Path) -> None:
-    """Write ``generation_config.json``: the checkpoint's, or BARD's defaults."""
+    """Write ``generation_config.json``: a calibration's, the checkpoint's, or BARD's defaults."""
     from nemo_bard.generation.settings import BardGenerationConfig
 
-    for place in origin.companions:
+    calibrated = calibration_folder(origin.place)
+    for place in (*([] if calibrated is None else [calibrated]), *origin.companions):
         if (place / GENERATION_CONFIG).is_file():
             BardGenerationConfig.from_pretrained(place).save_pretrained(folder)
             return

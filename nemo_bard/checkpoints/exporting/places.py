@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.files import read_json
@@ -75,9 +77,9 @@ def find(source: Path, stage: str | None = None) -> Place:
         if (source == folder or source.name == "model") and (folder / "model").is_dir():
             return _of_checkpoint(folder)
     if (source / ADAPTER_CONFIG).is_file():
-        return _with_run(ADAPTERS, source)
+        return with_run(ADAPTERS, source)
     if (source / CONFIG).is_file():
-        return _with_run(FOLDER, source)
+        return with_run(FOLDER, source)
     latest = latest_checkpoint(source)
     if latest is None and (source / "checkpoints").is_dir():
         latest = latest_checkpoint(source / "checkpoints")
@@ -137,10 +139,21 @@ def _of_stage(folder: Path) -> Place:
     if record is None:
         what = "is not finished" if (folder / STARTED).is_file() else "has not begun"
         raise ValueError(f"stage {folder.name} of {folder.parent} {what}{_hint(folder)}")
-    export = folder / "export"
+    run = _run_of(folder.absolute())
+    export = folder / "export" if run is None else export_of(folder, record, run)
     if not (export / CONFIG).is_file():
         raise FileNotFoundError(f"{export}: has no {CONFIG}, though the stage is finished; run the chain again")
-    return _with_run(FOLDER, export)
+    return replace(with_run(FOLDER, export), stage=folder.resolve(), run=run)
+
+
+def export_of(stage: Path, record: Mapping[str, Any], run: Path) -> Path:
+    """The folder that a finished stage hands on: its own, or a start point that lies elsewhere."""
+    named = record.get("export")
+    return stage / "export" if named is None else run / named
+
+
+def _run_of(stage: Path) -> Path | None:
+    return next((path for path in stage.parents if (path / IDENTITY).is_file()), None)
 
 
 def _of_checkpoint(checkpoint: Path) -> Place:
@@ -148,26 +161,29 @@ def _of_checkpoint(checkpoint: Path) -> Place:
         raise ValueError(f"{checkpoint}: half-written, its save was interrupted; name an earlier checkpoint")
     model = checkpoint / "model"
     if (model / "consolidated" / CONFIG).is_file():
-        return _with_run(FOLDER, model / "consolidated")
+        return with_run(FOLDER, model / "consolidated")
     if (model / ADAPTER_CONFIG).is_file():
-        return _with_run(ADAPTERS, model)
+        return with_run(ADAPTERS, model)
     if any(model.glob("*.safetensors")):
         whole = (model / WEIGHTS).is_file() or (model / WEIGHTS_INDEX).is_file()
-        return _with_run(FOLDER if whole and (model / CONFIG).is_file() else SHARDS, model)
+        return with_run(FOLDER if whole and (model / CONFIG).is_file() else SHARDS, model)
     if (model / ".metadata").is_file():
-        return _with_run(DISTRIBUTED, model)
+        return with_run(DISTRIBUTED, model)
     raise FileNotFoundError(f"{model}: holds no model weights (*.safetensors, {ADAPTER_CONFIG} or .metadata)")
 
 
-def _with_run(kind: str, folder: Path) -> Place:
-    """Add the run that the folders around a checkpoint are of."""
+def with_run(kind: str, folder: Path) -> Place:
+    """Describe a checkpoint with the run that the folders around it are of.
+
+    Args:
+        kind: What it is.
+        folder: Holds its weights.
+    """
     resolved = folder.resolve()
     checkpoint = next((path for path in resolved.parents[:2] if (path / TRAINING_CONFIG).is_file()), None)
     stage = None
     for path in (resolved.parent, *([] if checkpoint is None else [checkpoint.parent.parent])):
         if (path / STARTED).is_file() or (path / STAGE_YAML).is_file():
             stage = path
-    run = None
-    if stage is not None:
-        run = next((path for path in stage.parents if (path / IDENTITY).is_file()), None)
+    run = None if stage is None else _run_of(stage)
     return Place(kind=kind, folder=folder, checkpoint=checkpoint, stage=stage, run=run)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from nemo_bard.checkpoints.folder import read_header, weight_files
 from nemo_bard.checkpoints.merge import ADAPTER_WEIGHTS, Adapters
@@ -110,7 +110,7 @@ class DistributedWeights:
         state = {name: torch.empty(facts.shape, dtype=facts.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is enough
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
+            load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
 
 
@@ -118,7 +118,7 @@ def _read_once(kind: Any) -> Any:
     """A reader that keeps what all files say of themselves, which ``dcp.load`` asks for with every tensor."""
 
     class Reader(kind):
-        known: Metadata | None = None
+        known: Any = None
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             if self.known is None:

@@ -100,7 +100,7 @@ def _write_file(weights: Weights, names: list[str], plan: Plan, path: Path, adva
         file.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
             tensor = cast(weights.read(name), plan.dtypes[name], name)
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             advance(tensor.nbytes)
 
 

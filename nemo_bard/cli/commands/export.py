@@ -39,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Export and print what was written."""
+    from nemo_bard.upstream.console import hush
+
+    hush()
     from nemo_bard.checkpoints.exporting.export import export
 
     report = export(
