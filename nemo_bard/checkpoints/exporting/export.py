@@ -11,8 +11,8 @@ from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.files import sync_tree, write_whole
 from nemo_bard.base.folders import CONFIG, check_model_type
 from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE
-from nemo_bard.checkpoints.convert import check_loads, spell_rope_twice
-from nemo_bard.checkpoints.exporting import places, writing
+from nemo_bard.checkpoints.convert import check_loads
+from nemo_bard.checkpoints.exporting import older, places, writing
 from nemo_bard.checkpoints.exporting.card import write_card
 from nemo_bard.checkpoints.exporting.facts import calibration_folder, read_facts
 from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_companions
@@ -97,6 +97,7 @@ def export(
         write_object(folder / CONFIG, with_dtype(config, stored))
         notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
         take_companions(origin, folder)
+        older.spell_companions(folder)
         facts = read_facts(origin.place, base)
         write_generation(origin, folder)
         copy_card = origin.place.folder / CARD if not facts.stages else None
@@ -139,7 +140,7 @@ def exported_config(origin: Origin) -> dict[str, Any]:
         config[section].pop("_name_or_path", None)
     config.pop("_name_or_path", None)
     config["architectures"] = [MODEL_CLASS]
-    spell_rope_twice(config["text_config"])
+    older.spell_config(config)
     return config
 
 
