@@ -7,6 +7,7 @@ written anew; weights are hard-linked, or copied file by file where the file sys
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -150,7 +151,9 @@ def trained_values(source: Path, config: dict[str, Any]) -> dict[str, Any]:
         return {}
     from nemo_bard.model.configuration import BardVLConfig
 
-    read = BardVLConfig.from_dict({key: value for key, value in config.items() if key != "model_type"})
+    values = copy.deepcopy(config)  # transformers changes the sections
+    values.pop("model_type")
+    read = BardVLConfig.from_dict(values)
     return {
         "block_size": read.block_size,
         "mask_token_id": read.mask_token_id,

@@ -68,7 +68,8 @@ def name_mask_token(folder: Path, tokenizer: PreTrainedTokenizerBase, mask_token
         token = tokenizer.convert_ids_to_tokens(mask_token_id)
         return str(token) if mask_token_id == tokenizer.mask_token_id else None
     file = folder / "tokenizer.json"
-    content = read_object(file) if file.is_file() else json.loads(tokenizer.backend_tokenizer.to_str())
+    backend: Any = tokenizer.backend_tokenizer
+    content = read_object(file) if file.is_file() else json.loads(backend.to_str())
     added: list[dict[str, Any]] = content["added_tokens"]
     last = max((token["id"] for token in added), default=-1)
     first = max(last + 1, len(content["model"]["vocab"]))
