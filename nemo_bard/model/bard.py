@@ -100,7 +100,7 @@ class BardVLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         """
         self._check_mask(attention_mask)
         if output_positions is None:
-            ids = cast("torch.LongTensor | None", input_ids)
+            ids = cast("torch.LongTensor", input_ids)  # transformers declares what may be None as a tensor
             return super().forward(ids, attention_mask, *args, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(input_ids, attention_mask, *args, **kwargs)
         hidden = outputs[0].flatten(0, 1).index_select(0, output_positions)

@@ -15,7 +15,9 @@ from nemo_bard.model import bard
 from nemo_bard.model.configuration import BardVLConfig
 
 
-class BardVLForConditionalGeneration(bard.BardVLForConditionalGeneration, Qwen3VLForConditionalGeneration):
+class BardVLForConditionalGeneration(  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+    bard.BardVLForConditionalGeneration, Qwen3VLForConditionalGeneration
+):
     """Qwen3-VL trained and decoded as a block-diffusion model (BARD, arXiv 2604.16514).
 
     ``from_pretrained`` loads a Qwen3-VL checkpoint, a released Bard-VL checkpoint (transformers 4.57) and what
