@@ -1,4 +1,4 @@
-# make test | test-slurm | test-vllm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-plain | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,7 +15,7 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not vllm and not lmms
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not plain
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
@@ -31,7 +31,15 @@ endif
 VLLM_RUN ?=
 VLLM_TESTS ?= tests/vllm
 
-.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-chain test-lmms test-gpu bench-gpu lint clean
+# another one, with transformers and torch alone; PLAIN_RUN is a run folder of bard_tiny whose stages are asked too
+PLAIN_VENV ?= .venv-plain
+ifeq ($(origin PLAIN_PYTHON), undefined)
+PLAIN_PYTHON := $(abspath $(PLAIN_VENV)/bin/python)
+PLAIN_READY := $(PLAIN_VENV)/.ready
+endif
+PLAIN_RUN ?=
+
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-plain venv-plain test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -61,6 +69,16 @@ $(VLLM_VENV)/.ready: constraints-vllm.txt setup.py | $(READY)
 test-vllm: $(READY) $(VLLM_READY) # 3.5 GB on a CPU; VLLM_PYTHON=... is an environment that is there already
 	VLLM_PYTHON=$(VLLM_PYTHON) VLLM_RUN=$(VLLM_RUN) $(PYTHON) -m pytest -m vllm -rs $(VLLM_TESTS) $(PYTEST_ARGS)
 
+venv-plain: $(PLAIN_VENV)/.ready
+
+$(PLAIN_VENV)/.ready: constraints-plain.txt | $(READY)
+	$(PYTHON) -m venv $(PLAIN_VENV)
+	$(PLAIN_VENV)/bin/python -m pip install -q --no-deps -r constraints-plain.txt
+	touch $@
+
+test-plain: $(READY) $(PLAIN_READY) # PLAIN_PYTHON=... is an environment that is there already
+	PLAIN_PYTHON=$(PLAIN_PYTHON) PLAIN_RUN=$(PLAIN_RUN) $(PYTHON) -m pytest -m plain -rs tests/plain $(PYTEST_ARGS)
+
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
 
@@ -83,4 +101,4 @@ lint: $(READY)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(PLAIN_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
