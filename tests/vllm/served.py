@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
     """Of processes of that environment; the shims are for a machine without a GPU."""
     return {
         **os.environ,
-        "PYTHONPATH": str(SHIMS),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SHIMS)]),
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -70,8 +70,11 @@ def trained_run(folder: Path) -> Path:
 def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
     """Pictures of digits as data URLs, questions, and the ids and texts that ``model.generate`` answers alone.
 
-    Every sixth question is long enough to fill a block of vLLM's cache.
+    Every sixth question is long enough to fill a block of vLLM's cache. Every second answer is drawn with a seed of its
+    own, so that it is one that nobody else has, however little the model has learned.
     """
+    import torch
+
     from nemo_bard.data.digits import make_digits
     from nemo_bard.data.encode import encode_prompts
     from nemo_bard.evaluation.responder import load_checkpoint
@@ -84,12 +87,15 @@ def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
         text = question["text"] if index % 6 else LONG + question["text"]
         turn = {"role": "user", "content": [picture, {"type": "text", "text": text}]}
         batch = encode_prompts(processor, [[turn]])
-        out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, return_dict_in_generate=True)
+        asked = {"temperature": 1.0, "seed": index} if index % 2 else {}
+        drawn = {"temperature": 1.0, "generator": torch.Generator().manual_seed(index)} if asked else {}
+        out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, **drawn, return_dict_in_generate=True)
         ids = out.sequences[0, : int(out.lengths[0])].tolist()
         found.append(
             {
                 "url": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(),
                 "question": text,
+                "sampling": asked,
                 "ids": ids,
                 "text": processor.tokenizer.decode(ids, skip_special_tokens=True),
             }
