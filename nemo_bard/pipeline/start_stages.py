@@ -48,7 +48,9 @@ class ConvertSettings(FollowingSettings):
     evaluate: bool = setting(False, flag(), "whether its export is scored")
     block_size: int | None = setting(None, integer(optional=True), "null: of the first training stage after it")
     context_attention: str | None = setting(
-        None, choice(("block", "causal"), optional=True), "attention among context blocks; null: model.context_attention"
+        None,
+        choice(("block", "causal"), optional=True),
+        "attention among context blocks; null: model.context_attention",
     )
 
 
