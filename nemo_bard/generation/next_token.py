@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_bard.generation.causal import Verdict
+from nemo_bard.generation.causal import Verdict, num_drafts
 from nemo_bard.generation.decode import DecodeResult, Hooks, StepRecord, say_once
 from nemo_bard.generation.records import Recorder
 from nemo_bard.generation.sampling import Candidates, draw_seeds, propose, uniform_numbers
@@ -70,7 +70,7 @@ class NextTokenDecoder:
         self.engine = self.settings.engine(session)
         self.device = self.prompt.input_ids.device
         self.synchronize = synchronize and self.prompt.input_ids.is_cuda
-        self.num_drafts = self.settings.strategy.num_drafts if self.settings.block_size > 1 else 0
+        self.num_drafts = num_drafts(self.settings)
         self.ends = frozenset(self.settings.end_ids)
         count = len(self.prompt.input_ids)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=self.device)
