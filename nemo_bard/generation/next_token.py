@@ -164,6 +164,8 @@ class NextTokenDecoder:
             if self._add(row, new):
                 going.append(index)
         self._show(told.confidence)
+        if self.hooks.on_block is not None and self._stream(self.live[0]):
+            going = []
         self.engine.accept(accepted)
         if len(going) < len(self.live):
             self.live = [self.live[index] for index in going]
@@ -222,19 +224,27 @@ class NextTokenDecoder:
         goes_on, before = True, len(row.response)
         for token in new:
             row.response.append(token)
-            goes_on = token not in self.ends and len(row.response) < self.given.max_new_tokens
-            if goes_on and self.hooks.stopping_criteria is not None:
-                stop = self.hooks.stopping_criteria(self._context(row, row.response), None)
-                goes_on = not bool(stop.all() if isinstance(stop, Tensor) else stop)
+            goes_on = token not in self.ends and len(row.response) < self.given.max_new_tokens and not self._stops(row)
             if not goes_on:
                 break
         row.found.append(len(row.response) - before)
-        if self.hooks.on_block is not None:
-            self.hooks.on_block(torch.tensor(row.response[before:], device=self.device))
         keep = max(0, self.given.max_new_tokens - len(row.response) - 1) if goes_on else 0
         first_end = next((i + 1 for i, token in enumerate(row.draft) if token in self.ends), keep)
         row.draft, row.confidence = row.draft[: min(keep, first_end)], row.confidence[: min(keep, first_end)]
         return goes_on
+
+    def _stops(self, row: Row) -> bool:
+        """Whether a criterion ends a row."""
+        if self.hooks.stopping_criteria is None:
+            return False
+        stop = self.hooks.stopping_criteria(self._context(row, row.response), None)
+        return bool(stop.all() if isinstance(stop, Tensor) else stop)
+
+    def _stream(self, row: Row) -> bool:
+        """Hand on what a forward found; whether a criterion ends the row, which may depend on what came of that."""
+        assert self.hooks.on_block is not None
+        self.hooks.on_block(torch.tensor(row.response[-row.found[-1] :], device=self.device))
+        return self._stops(row)
 
     def _show(self, confidence: Tensor) -> None:
         """Tell what a forward did to whoever wants to know; ``confidence`` ``[N, M]`` is that of the next tokens."""
