@@ -70,8 +70,10 @@ def trained_run(folder: Path) -> Path:
 def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
     """Pictures of digits as data URLs, questions, and the ids and texts that ``model.generate`` answers alone.
 
-    Every sixth question is long enough to fill a block of vLLM's cache.
+    Every sixth question is long enough to fill a block of vLLM's cache. Every second answer is drawn with a seed of its
+    own, so that it is one that nobody else has, however little the model has learned.
     """
+
     from nemo_bard.data.digits import make_digits
     from nemo_bard.evaluation.responder import load_checkpoint
 
@@ -82,8 +84,14 @@ def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
         picture["image"].save(stream := io.BytesIO(), "png")
         text = question["text"] if index % 6 else LONG + question["text"]
         turn = {"role": "user", "content": [picture, {"type": "text", "text": text}]}
+        asked = {"temperature": 1.0, "seed": index} if index % 2 else {}
         found.append(
-            {"url": data_url("image/png", stream.getvalue()), "question": text, **answer(model, processor, turn)}
+            {
+                "url": data_url("image/png", stream.getvalue()),
+                "question": text,
+                "sampling": asked,
+                **answer(model, processor, turn, **asked),
+            }
         )
     return found
 
@@ -110,12 +118,15 @@ def data_url(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def answer(model: Any, processor: Any, turn: dict[str, Any]) -> dict[str, Any]:
+def answer(model: Any, processor: Any, turn: dict[str, Any], *, seed: int | None = None, **more: Any) -> dict[str, Any]:
     """The ids and the text that ``model.generate`` answers to a turn, and the ids of the prompt."""
+    import torch
+
     from nemo_bard.data.encode import encode_prompts
 
     batch = encode_prompts(processor, [[turn]])
-    out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, return_dict_in_generate=True)
+    drawn = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
+    out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, **more, **drawn, return_dict_in_generate=True)
     ids = out.sequences[0, : int(out.lengths[0])].tolist()
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
     return {"ids": ids, "text": text, "prompt_ids": batch["input_ids"][0].tolist()}

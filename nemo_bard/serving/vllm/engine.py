@@ -63,4 +63,9 @@ class EngineSettings(VerifyAndUpdateConfig):
             raise ValueError(f"--scheduler-cls must be left out for BARD, got {scheduler.scheduler_cls}")
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=hf_config.block_size)
         vllm_config.attention_config.use_non_causal = True
+        pictures = model_config.multimodal_config
+        if pictures is not None and pictures.mm_processor_cache_type == "lru":
+            # with "lru" pictures are kept on both sides and sent once: a request that is refused behind the reading of
+            # its pictures leaves the two sides different, and the next one with the same picture is a 500
+            pictures.mm_processor_cache_type = "processor_only"
         scheduler.scheduler_cls = SCHEDULER
