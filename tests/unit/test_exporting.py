@@ -104,6 +104,12 @@ def run(start, tmp_path_factory):
     return run
 
 
+@pytest.fixture(autouse=True)
+def _no_syncing(monkeypatch):
+    """Tests do not wait for the disk."""
+    monkeypatch.setattr("nemo_bard.checkpoints.exporting.export.sync_tree", lambda _: None)
+
+
 # ------------------ what is found ------------------
 def test_what_a_user_may_name(run, start):
     assert places.find(run).folder == run / "second" / "export"
@@ -337,6 +343,20 @@ def test_the_code_on_the_card_runs(start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=8"), "card", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_with_its_own_code(start, tmp_path, capsys):
+    assert main(["export", str(start), str(tmp_path / "export"), "--self-contained"]) == 0
+    assert "with its own code: " in capsys.readouterr().out
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    module = config["auto_map"]["AutoModelForImageTextToText"].partition(".")[0]
+    assert (tmp_path / "export" / f"{module}.py").is_file()
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "library_name: transformers\n" in card
+    assert "trust_remote_code=True" in card
+    assert "import nemo_bard" not in card
+    export(tmp_path / "export", tmp_path / "plain")
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 def test_the_card_of_a_folder_that_no_run_made_is_kept(start, tmp_path):
