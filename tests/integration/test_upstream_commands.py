@@ -82,7 +82,7 @@ def test_automodel_runs_our_recipe_on_a_cpu(automodel, place):
     ("changes", "said"),
     [
         ({"noise.low": 3}, "noise.low must be in (0, 1], got 3"),
-        ({"dataset.pth": "x"}, "dataset: unknown key 'pth' (did you mean 'path'?)"),
+        ({"dataset.pth": "x"}, "unknown recipe key dataset.pth; did you mean dataset.path?"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(automodel, place, changes, said):
