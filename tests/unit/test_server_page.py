@@ -161,3 +161,22 @@ def test_dark_and_light_differ_and_a_phone_needs_no_sideways_scrolling(page):
     assert page.evaluate(background) != light
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [1200, 850, 360])
+def test_no_choice_is_cut_off(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.click("summary")
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll('select')].flatMap(select => {
+          const free = document.createElement('select');
+          free.append(...[...select.options].map(option => option.cloneNode(true)));
+          free.style.cssText = 'position: absolute; width: auto';
+          free.style.font = getComputedStyle(select).font;
+          document.body.append(free);
+          const missing = free.offsetWidth - select.offsetWidth;
+          free.remove();
+          return missing > 8 ? [[select.id, missing]] : [];  // its padding may be wider
+        })"""
+    )
+    assert not cut

@@ -20,6 +20,7 @@ def test_the_page_is_current():
         ("recipe", ["`loss_chunk_tokens`", "`max_t`", "`max_length`"]),
         ("chain", ["`allow_version_change`", "`learning_rate`", "`gpus_per_node`", "`mask_token_id`"]),
         ("generation", ["`confidence_threshold`", "`entropy_bound`", "low_confidence_static"]),
+        ("harness", ["`likelihood_draws`", "`system_prompt`", "`max_frames`"]),
     ],
 )
 def test_a_part(part, rows, capsys):

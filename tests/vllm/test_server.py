@@ -3,6 +3,7 @@
 Run by this environment's Python; vLLM runs in one of its own (``make test-vllm``).
 """
 
+import base64
 import json
 import random
 import subprocess
@@ -11,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import fuzz
 import pytest
 import served
-from fuzz_cases import PICTURES, REFUSED, UNSUPPORTED, Case, body, dump, not_json
+import videos
+from fuzz_cases import PICTURES, REFUSED, UNSUPPORTED, Case, body, bomb, dump, not_json, picture, url
 
 pytestmark = pytest.mark.vllm
 COUNT = 12
@@ -44,14 +46,17 @@ def stage(request, run, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(served.references, checkpoint, COUNT)  # while the server starts
+        clips = pool.submit(served.clip_references, checkpoint, tmp_path_factory.mktemp("clips"))
         with served.serving(served.vllm_python(), checkpoint, log) as url:
-            yield fuzz.Server(url, 120), answers.result()
+            server = fuzz.Server(url, 120)
+            server.clips = clips.result()
+            yield server, answers.result()
 
 
 def asked(answer, **more):
     """The body of a question."""
     settings = {"vllm_xargs": served.SETTINGS, "max_tokens": served.MAX_TOKENS, "return_token_ids": True}
-    return body("bard", image=answer["url"], text=answer["question"], **settings) | more
+    return body("bard", image=answer["url"], text=answer["question"], **settings) | answer["sampling"] | more
 
 
 def ids_of(server, answer, **more):
@@ -69,10 +74,59 @@ def counter(server, name):
 
 def test_ids_are_those_of_generate_whoever_else_asks(stage):
     server, answers = stage
-    assert len({tuple(answer["ids"]) for answer in answers}) > 1  # so that an answer of somebody else would be seen
+    assert len({tuple(answer["ids"]) for answer in answers}) > COUNT // 2  # an answer of somebody else would be seen
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda answer: ids_of(server, answer)[0], answers))
     assert found == [answer["ids"] for answer in answers]
+
+
+def of_video(answer):
+    """The content of a message with a clip."""
+    clip = {"type": "video_url", "video_url": {"url": answer["url"]}}
+    return [{"role": "user", "content": [clip, {"type": "text", "text": answer["question"]}]}]
+
+
+def test_a_file_of_a_video_gives_the_ids_of_generate(stage):
+    """The same frames at the same times, though another library decodes them here; whoever else asks."""
+    server, answers = stage
+    asks = [(clip, {"messages": of_video(clip)}) for clip in server.clips] + [(answer, {}) for answer in answers[:3]]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda ask: ids_of(server, ask[0], **ask[1]), asks))
+    for number, ((expected, _), (ids, whole)) in enumerate(zip(asks, found, strict=True)):
+        assert whole["prompt_token_ids"] == expected["prompt_ids"], number
+        assert ids == expected["ids"], number
+    assert len({tuple(clip["ids"]) for clip in server.clips}) > len(server.clips) // 2
+
+
+WRONG_VIDEOS = {
+    "no base64": lambda data: "data:video/mp4;base64,!!!",
+    "nothing": lambda data: served.data_url("video/mp4", b""),
+    "no video": lambda data: served.data_url("video/mp4", b"digits" * 100),
+    "cut": lambda data: served.data_url("video/mp4", data[: len(data) // 2]),
+    "a picture": lambda data: served.data_url("video/mp4", picture(0)),
+    "one frame": lambda data: served.data_url("video/mp4", videos.encoded(1)),
+    "a type that is none": lambda data: served.data_url("video/jpeg", data),
+    "a file of the server": lambda data: "file:///etc/passwd",
+    "an address that does not answer": lambda data: "http://127.0.0.1:9/a.mp4",
+}
+
+
+def test_wrong_videos_are_refused_in_one_line(stage):
+    server, answers = stage
+    clip = server.clips[0]
+    data = base64.b64decode(clip["url"].partition(",")[2])
+    for name, make in WRONG_VIDEOS.items():
+        status, found = server.send(
+            Case("video", dump(asked(clip, messages=of_video({**clip, "url": make(data)}))), REFUSED)
+        )
+        assert 400 <= status < 500, (name, status, found[:500])
+        message = json.loads(found)["error"]["message"]
+        assert message, name
+        assert "\n" not in message, (name, message)
+    two = of_video(clip)
+    two[0]["content"] *= 2
+    assert server.send(Case("video", dump(asked(clip, messages=two)), REFUSED))[0] == 400
+    assert ids_of(server, clip, messages=of_video(clip))[0] == clip["ids"]
 
 
 def test_ids_from_the_prefix_cache(stage):
@@ -83,6 +137,22 @@ def test_ids_from_the_prefix_cache(stage):
         assert ids == answer["ids"]
         assert found["usage"]["completion_tokens"] == len(ids)
     assert counter(server, "vllm:prefix_cache_hits_total") > before
+
+
+def test_a_refused_request_spoils_no_picture(stage):
+    """The next right request with a picture that came with a wrong one first."""
+    server, _ = stage
+    for seed, wrong in enumerate([{"vllm_xargs": {"top_k": -1}}, {"stop_token_ids": [10**9]}, {"logprobs": True}]):
+        right = body("bard", image=url(picture(1000 + seed)))
+        assert server.send(Case("", dump(right | wrong), REFUSED))[0] == 400
+        assert server.send(Case("", dump(right), "200"))[0] == 200
+
+
+def test_addresses_are_not_fetched_and_large_pictures_not_decoded(stage):
+    server, _ = stage
+    for image, said in (("http://localhost/a.png", "fetches no addresses"), (url(bomb(4097, 4097)), "16777216 pixels")):
+        status, data = server.send(Case("", dump(body("bard", image=image)), REFUSED))
+        assert (status, said in json.loads(data)["error"]["message"]) == (400, True), data[:300]
 
 
 def test_a_stream_has_the_same_text(stage):
@@ -119,9 +189,9 @@ def test_wrong_requests_are_refused_and_the_engine_lives(stage):
     source = random.Random(0)
     wrong = [Case("settings", dump(asked(answers[0], vllm_xargs=given)), REFUSED) for given in WRONG_SETTINGS]
     wrong += [Case("unsupported", dump(asked(answers[0]) | given), REFUSED) for given in UNSUPPORTED]
-    for picture, expected in PICTURES:
+    for medium, expected in PICTURES:
         if expected == REFUSED:
-            found = picture(source) if callable(picture) else picture
+            found = medium(source) if callable(medium) else medium
             wrong.append(Case("picture", dump(body("bard", image=found)), REFUSED))
     wrong += [not_json("bard", source, 8) for _ in range(12)]
     wrong.append(Case("large", dump(body("bard", text="digits " * 1_400_000)), REFUSED))

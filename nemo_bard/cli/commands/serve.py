@@ -14,13 +14,14 @@ from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.settings import add_flags, given_flags
 from nemo_bard.checkpoints.folder import check_checkpoint
 from nemo_bard.cli import options
+from nemo_bard.serving.limits import PIXELS_VARIABLE
 from nemo_bard.serving.server.settings import KEY_VARIABLE, ServerSettings, key_from_environment
 from nemo_bard.serving.vllm_command import has_vllm, vllm_command
 
 ACCEPTS_OVERRIDES = True
 ENGINES = ("auto", "vllm", "local")
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")
-WITH_BOTH = ("host", "port", "served_model_name", "api_key", "allow_urls")
+WITH_BOTH = ("host", "port", "served_model_name", "api_key", "allow_urls", "max_pixels")
 """Settings that vLLM's server has too."""
 _EPILOG = """\
 Where vLLM is installed its server is started, with the arguments behind -- as they are:
@@ -103,10 +104,14 @@ def start_vllm(args: argparse.Namespace, settings: ServerSettings, given: dict[s
         allow_urls=settings.allow_urls,
         extra=[*dtype, *extra],
     )
-    secret = f"VLLM_API_KEY=${KEY_VARIABLE} " if settings.api_key else ""
-    sys.stderr.write(f"{secret}{shlex.join(command)}\n")
-    sys.stderr.flush()
     environment = dict(os.environ)
+    if "max_pixels" in given:
+        environment[PIXELS_VARIABLE] = str(settings.max_pixels)
+    environment.setdefault(PIXELS_VARIABLE, str(settings.max_pixels))
+    secret = f"VLLM_API_KEY=${KEY_VARIABLE} " if settings.api_key else ""
+    limit = shlex.quote(f"{PIXELS_VARIABLE}={environment[PIXELS_VARIABLE]}")
+    sys.stderr.write(f"{secret}{limit} {shlex.join(command)}\n")
+    sys.stderr.flush()
     if settings.api_key:
         environment["VLLM_API_KEY"] = settings.api_key  # not among the arguments, which all users of a machine see
     os.execve(command[0], command, environment)

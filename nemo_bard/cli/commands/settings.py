@@ -1,4 +1,4 @@
-"""``nemo-bard settings [recipe|chain|generation]``: every setting with default, allowed values and meaning, as Markdown.
+"""``nemo-bard settings [recipe|chain|generation|harness]``: every setting with default, allowed values and meaning, as Markdown.
 
 Written from the classes that check them, those of installed packages included; ``docs/settings.md`` is its output.
 """
@@ -22,7 +22,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         description="List settings as Markdown, those of noises, strategies, stage kinds and launchers of installed"
         " packages included.",
     )
-    parser.add_argument("part", nargs="?", choices=list(PARTS), help="recipe, chain or generation (default: all)")
+    parser.add_argument(
+        "part", nargs="?", choices=list(PARTS), help="recipe, chain, generation or harness (default: all)"
+    )
     return parser
 
 
@@ -77,4 +79,16 @@ def _generation() -> str:
     return _titled("Decoding", {"`BardGenerationConfig`": settings_reference()})
 
 
-PARTS: dict[str, Callable[[], str]] = {"recipe": _recipe, "chain": _chain, "generation": _generation}
+def _harness() -> str:
+    from nemo_bard.base.settings import reference
+    from nemo_bard.evaluation.harness.arguments import HarnessSettings
+
+    return _titled("lmms-eval", {"`--model_args`, beside the settings of decoding": reference(fields(HarnessSettings))})
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe": _recipe,
+    "chain": _chain,
+    "generation": _generation,
+    "harness": _harness,
+}

@@ -47,6 +47,7 @@ def serve(folder: Path, settings: ServerSettings, *, device: str | None, dtype: 
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         )
+        listener.listen(config.backlog)  # who reads the next line may ask at once
         sys.stderr.write(f"{name}: http://{address(listener)} (page at /, API at /v1)\n")
         if settings.api_key is None and not is_local(listener):
             sys.stderr.write(f"everybody who reaches {settings.host} can use it; {KEY_VARIABLE} would be its key\n")

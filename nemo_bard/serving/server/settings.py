@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from nemo_bard.base.settings import Check, check_settings, flag, integer, number, setting, text
+from nemo_bard.serving.limits import MAX_PIXELS
 
 KEY_VARIABLE = "NEMO_BARD_API_KEY"
 """Where the API key may be, so that it is not among the processes' arguments."""
@@ -30,7 +31,9 @@ class ServerSettings:
     port: int = setting(8000, PORT, "0 takes a free one")
     served_model_name: str | None = setting(None, text(optional=True), "name in requests; the folder's if not given")
     max_queue: int = setting(8, integer(0), "requests that may wait; more get 429")
-    max_pixels: int = setting(16_777_216, integer(1), "most pixels of all images of a request together")
+    max_pixels: int = setting(
+        MAX_PIXELS, integer(1), "most pixels of all images of a request together; with vLLM: of each image"
+    )
     max_images: int = setting(16, integer(0), "most images of a request")
     max_tokens: int = setting(2048, integer(1), "most response tokens of a request")
     max_prompt_tokens: int = setting(16384, integer(1), "most prompt tokens of a request, images included")

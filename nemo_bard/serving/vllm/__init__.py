@@ -2,7 +2,8 @@
 
 vLLM calls ``register`` in every process (entry point ``vllm.general_plugins``). ``config`` is what a model asks of the
 engine, ``checks`` what a request may ask, ``scheduler`` and ``edges`` make chunks of a prompt end where blocks end,
-``state`` is the attention of a batch, ``sampler`` denoises, ``rules`` are the settings of requests, ``media`` loads pictures.
+``state`` is the attention of a batch, ``sampler`` denoises, ``rules`` are the settings of requests, ``media`` loads
+pictures and videos, ``frames`` says which frames of a video, ``server`` and ``shapes`` guard vLLM's server.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def register() -> None:
     from nemo_bard.serving.vllm.checks import check_batch, check_request
     from nemo_bard.serving.vllm.engine import EngineSettings
     from nemo_bard.serving.vllm.media import CheckedMediaConnector
+    from nemo_bard.serving.vllm.server import guard_server
     from nemo_bard.upstream.vllm import wrap_batch_defaults, wrap_request_check
 
     AutoConfig.register(MODEL_TYPE, ServedBardVLConfig, exist_ok=True)
@@ -40,4 +42,4 @@ def register() -> None:
     MODELS_CONFIG_MAP[MODEL_CLASS] = EngineSettings
     MEDIA_CONNECTOR_REGISTRY.register("http")(CheckedMediaConnector)
     wrap_request_check(check_request)
-    wrap_batch_defaults(check_batch)
+    wrap_batch_defaults(check_batch, guard_server)
