@@ -91,14 +91,14 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
 
 
 def _next_token_engine(given: GenerationSettings, model_config: Any) -> type:
-    from nemo_bard.generation import causal
+    from nemo_bard.generation.causal import CausalEngine, PlainCausalEngine
 
     if model_config.context_attention != "causal":
         raise ValueError(
             f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
             f" has {model_config.context_attention}"
         )
-    return causal.PlainCausalEngine if given.decode_path == "plain" else causal.CausalEngine
+    return PlainCausalEngine if given.decode_path == "plain" else CausalEngine
 
 
 def _mask_token_id(given: GenerationSettings, model_config: Any) -> int:
