@@ -13,7 +13,7 @@ MODULES = {
     "base": "copies errors names registry settings",
     "cost": "count",
     "generation": "capture causal decode engines entry graph kernels next_token parameters prefix products prompt"
-    " prompt_prefix resolve runner sampling session settings steps strategies text",
+    " prompt_prefix records resolve runner sampling session settings steps strategies text",
     "method": "chunked layout",
     "model": "attention bard configuration lean sequences vision",
     "upstream": "qwen3_vl torch touched transformers views",
