@@ -10,7 +10,8 @@ from pathlib import Path
 import plain_cases
 import pytest
 
-from nemo_bard.checkpoints import self_contained
+from nemo_bard.checkpoints.self_contained import code
+from nemo_bard.cli.app import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("nemo_bard", "nemo_automodel", "hydra", "omegaconf", "megatron")
@@ -20,9 +21,8 @@ ABSENT = ("nemo_bard", "nemo_automodel", "hydra", "omegaconf", "megatron")
 def folder(start, tmp_path_factory):
     """A folder with its own code, moved to a path with blanks and dots."""
     made = tmp_path_factory.mktemp("made") / "made"
-    shutil.copytree(start, made)
-    written = self_contained.write_code(made)
-    assert written == sorted(path.name for path in made.glob("*.py"))
+    assert main(["export", str(start), str(made), "--self-contained"]) == 0
+    assert {path.name for path in made.glob("*.py")} == set(code())
     target = tmp_path_factory.mktemp("moved") / "my models" / "BARD v1.5-b4"
     shutil.copytree(made, target)
     shutil.rmtree(made)
