@@ -53,7 +53,10 @@ def trained(tmp_path_factory):
     """Folder with ``<shape>/source``, ``start`` and ``run`` of each shape; all are trained in one process."""
     folder = tmp_path_factory.mktemp("family")
     Image.linear_gradient("L").convert("RGB").resize((64, 96)).save(folder / "image.png")
-    messages = [{"role": "user", "content": "<image>Which colour?"}, {"role": "assistant", "content": "black and white"}]
+    messages = [
+        {"role": "user", "content": "<image>Which colour?"},
+        {"role": "assistant", "content": "black and white"},
+    ]
     line = json.dumps({"messages": messages, "images": ["image.png"]})
     (folder / "train.jsonl").write_text(f"{line}\n" * 4)
     jobs = []
