@@ -100,6 +100,7 @@ def test_wandb_offline(lab, quiet_wandb):
     changes = {**rich(lab), "wandb": {"project": "bard", "dir": str(lab.folder)}}
     _, log = lab.run("wandb_run", steps=4, **changes)
     first = wandb.run.id
+    assert wandb.run.name == "wandb_run", "after the folder"
     wandb.teardown()  # waits until the file is whole, which finish does not
     assert (folder / "wandb_run_id").read_text().strip() == first
     (offline,) = (lab.folder / "wandb").glob(f"offline-run-*-{first}")
@@ -140,6 +141,7 @@ def test_mlflow_with_a_store_of_files(lab, mlflow, monkeypatch):
         (step, pytest.approx(loss)) for step, loss in enumerate(losses(log))
     ]
     assert run.data.params["model.block_size"] == "8"
+    assert run.info.run_name == "mlflow_run"
     lab.run("mlflow_run", steps=4, **changes)
     assert mlflow.active_run().info.run_id == run_id, "goes on in the same run"
 
