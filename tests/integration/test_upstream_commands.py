@@ -92,6 +92,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(automodel, place, changes, said
     assert "Traceback" not in error
 
 
+def test_a_chain_is_composed_from_words_as_typed(automodel, place, capsys):
+    code, error = automodel(recipes_dir() / "bard_tiny.yaml", f"run_dir={place / 'chain'}", "--cfg", "overrides.seed=7")
+    assert code == 0, error
+    assert not (place / "chain").exists()
+    code, error = automodel(recipes_dir() / "bard_tiny.yaml", "stage.pbm_b5.max_steps=3")
+    assert code == 2
+    assert "pbm_b5" in error
+
+
 def test_automodels_own_recipe_with_a_piece_of_ours_that_means_nothing_there(automodel, place):
     file = place / "beside.yaml"
     raw = {
