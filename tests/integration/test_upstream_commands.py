@@ -29,8 +29,8 @@ def automodel(monkeypatch, capsys):
     """AutoModel's ``main`` in this process, as its script calls it: exit code and what is on stderr."""
     from nemo_bard.cli import startup
 
-    sys.modules.pop(startup.UPSTREAM_CLI, None)
-    sys.modules.pop(startup.UPSTREAM_LAUNCHER, None)
+    for name in (startup.UPSTREAM_CLI, startup.UPSTREAM_LAUNCHER):
+        sys.modules.pop(name, None)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     startup.install()
     environment = dict(os.environ)
