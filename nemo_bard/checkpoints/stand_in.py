@@ -83,7 +83,8 @@ def write_random_weights(folder: Path, config: Qwen3VLConfig, *, seed: int, max_
 
     generator = torch.Generator().manual_seed(seed)
     shapes = weight_shapes(config)
-    size = torch.empty(0, dtype=config.dtype).element_size()
+    assert isinstance(config.dtype, torch.dtype)
+    size = config.dtype.itemsize
     files = list(split({name: size * meta.numel() for name, meta in shapes.items()}, max_shard_bytes))
     place: dict[str, str] = {}
     for number, names in enumerate(files, start=1):

@@ -43,8 +43,8 @@ class NumberedSamples:
 
     def describe(self, index: int) -> dict[str, Any]:
         """Where a sample comes from: what the data set says, else the name of its class."""
-        own = getattr(self.dataset, "describe", None)
-        return {"source": type(self.dataset).__name__, **(own(index) if callable(own) else {})}
+        own = self.dataset.describe(index) if hasattr(self.dataset, "describe") else {}
+        return {"source": type(self.dataset).__name__, **own}
 
     def identity(self) -> dict[str, str]:
         """What the samples depend on; of a list, its texts, as far as they can be told apart quickly."""

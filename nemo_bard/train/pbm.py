@@ -102,7 +102,7 @@ class PBMRecipe(ResumedTraining):
         self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
         automodel.replace_loaders(self.cfg, self._opened_together)
         folder = Path(self.cfg.get("checkpoint.checkpoint_dir", None) or "checkpoints")
-        trackers.go_on_in_the_same_run(self.cfg, folder)
+        trackers.prepare(self.cfg, folder)
         with trackers.failures_told():
             self._build(raw, folder)
 

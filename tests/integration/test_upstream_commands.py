@@ -29,8 +29,8 @@ def automodel(monkeypatch, capsys):
     """AutoModel's ``main`` in this process, as its script calls it: exit code and what is on stderr."""
     from nemo_bard.cli import startup
 
-    sys.modules.pop(startup.UPSTREAM_CLI, None)
-    sys.modules.pop(startup.UPSTREAM_LAUNCHER, None)
+    for name in (startup.UPSTREAM_CLI, startup.UPSTREAM_LAUNCHER):
+        sys.modules.pop(name, None)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     startup.install()
     environment = dict(os.environ)
@@ -90,6 +90,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(automodel, place, changes, said
     assert code == 2
     assert f"error: {said}" in error
     assert "Traceback" not in error
+
+
+def test_a_chain_is_composed_from_words_as_typed(automodel, place, capsys):
+    code, error = automodel(recipes_dir() / "bard_tiny.yaml", f"run_dir={place / 'chain'}", "--cfg", "overrides.seed=7")
+    assert code == 0, error
+    assert not (place / "chain").exists()
+    code, error = automodel(recipes_dir() / "bard_tiny.yaml", "stage.pbm_b5.max_steps=3")
+    assert code == 2
+    assert "pbm_b5" in error
 
 
 def test_automodels_own_recipe_with_a_piece_of_ours_that_means_nothing_there(automodel, place):
