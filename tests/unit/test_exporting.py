@@ -408,6 +408,12 @@ def lose_a_tensor(folder):
     save_file(weights, file)
 
 
+def quantize(file):
+    weights = load_file(file)
+    file.unlink()
+    save_file({**weights, "model.language_model.norm.weight": torch.ones(8, dtype=torch.int8)}, file)
+
+
 DAMAGES = {
     "wrong architecture": (
         lambda folder: damage_config(folder, model_type="llama"),
@@ -431,6 +437,10 @@ DAMAGES = {
             folder, text_config={**json.loads((folder / "config.json").read_text())["text_config"], "vocab_size": 640}
         ),
         r"embed_tokens.weight has the shape \(576, \d+\), config.json asks for \(640, \d+\)",
+    ),
+    "whole numbers": (
+        lambda folder: quantize(next(folder.glob("*.safetensors"))),
+        r"model.language_model.norm.weight is I8, allowed are F64, F32, BF16, F16; quantized",
     ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer_config.json").unlink(),
@@ -523,10 +533,14 @@ def test_distributed_files_are_checked(start, tmp_path, capsys):
     refused(tmp_path, capsys, r"distcp: has \d+ bytes, needed are \d+", checkpoint)
     file.unlink()
     refused(tmp_path, capsys, "distcp: missing weight file", checkpoint)
+    os.truncate(checkpoint / "model" / ".metadata", 100)
+    refused(tmp_path, capsys, r"\.metadata: cannot be read", checkpoint)
     shutil.rmtree(checkpoint / "model" / ".hf_metadata")
     damaged = {"model": {"pretrained_model_name_or_path": "/gone"}}
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(damaged))
     refused(tmp_path, capsys, r"trained on /gone has no config.json here; name its folder with --base", checkpoint)
+    (checkpoint / "config.yaml").write_text("model: [")
+    refused(tmp_path, capsys, r"config.yaml: not a YAML file: ", checkpoint)
 
 
 # ------------------ adapters ------------------

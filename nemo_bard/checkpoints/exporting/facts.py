@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_bard.base.files import read_json
 from nemo_bard.base.folders import CONFIG
 from nemo_bard.base.metrics import read_lines, tail_loss
@@ -88,7 +86,7 @@ def read_facts(place: Place, base: Path | None = None) -> RunFacts:
         stage, before = _read_stage(here)
         if stage is None:
             break
-        composed = composed or ({} if here.run is None else _yaml(here.run / places.COMPOSED))
+        composed = composed or ({} if here.run is None else places.read_yaml(here.run / places.COMPOSED))
         started = str(base) if base is not None and not stages else before
         stages.append(stage)
         folder, here = None if started is None else Path(started), None
@@ -122,9 +120,9 @@ def _read_stage(place: Place) -> tuple[StageFacts | None, str | None]:
     started = {} if place.stage is None else read_json(place.stage / places.STARTED) or {}
     recipe = {}
     if place.checkpoint is not None:
-        recipe = _yaml(place.checkpoint / places.TRAINING_CONFIG)
+        recipe = places.read_yaml(place.checkpoint / places.TRAINING_CONFIG)
     elif place.stage is not None:
-        recipe = _yaml(place.stage / places.STAGE_YAML)
+        recipe = places.read_yaml(place.stage / places.STAGE_YAML)
     versions = record.get("versions") or started.get("versions") or {}
     before = _before(place, record or started, recipe)
     if not recipe:
@@ -214,7 +212,7 @@ def _before(place: Place, record: Mapping[str, Any], recipe: Mapping[str, Any]) 
     if name is not None:
         return str(name)
     if place.run is not None and place.stage is not None and ((record.get("config") or {}).get("kind")) == "convert":
-        composed = _yaml(place.run / places.COMPOSED)
+        composed = places.read_yaml(place.run / places.COMPOSED)
         section = (composed.get("stage") or {}).get(record.get("stage") or place.stage.name) or {}
         return section.get("init") or (composed.get("model") or {}).get("source")
     return None
@@ -235,8 +233,3 @@ def calibration_folder(place: Place) -> Path | None:
             if (found / "calibration.json").is_file() and (found / "generation_config.json").is_file():
                 return found
     return None
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    value = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return value if isinstance(value, dict) else {}

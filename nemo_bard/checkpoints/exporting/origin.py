@@ -117,9 +117,7 @@ def _began_with(place: Place) -> Path | None:
     """The folder that a training run says it began with."""
     if place.checkpoint is None:
         return None
-    import yaml
-
-    recipe = yaml.safe_load((place.checkpoint / places.TRAINING_CONFIG).read_text(encoding="utf-8")) or {}
+    recipe = places.read_yaml(place.checkpoint / places.TRAINING_CONFIG)
     name = (recipe.get("model") or {}).get("pretrained_model_name_or_path")
     return None if name is None else Path(name)
 
