@@ -31,7 +31,9 @@ def test_what_it_is_made_of():
 
 
 def test_it_needs_torch_and_transformers_alone():
-    assert outside(closure()) - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    """... and what transformers itself cannot be without."""
+    found = outside(closure()) - set(sys.stdlib_module_names)
+    assert {"torch", "transformers"} <= found <= {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 
 def test_no_import_of_the_package_is_left(files):
@@ -53,6 +55,22 @@ def test_transformers_finds_all_files_from_each_entry(files, tmp_path):
         (tmp_path / name).write_text(text)
     found = get_relative_import_files(tmp_path / "modeling_bard_vl.py")
     assert {path.rpartition("/")[2] for path in found} | {"modeling_bard_vl.py"} == set(files)
+
+
+def test_older_transformers_are_refused_by_name(files, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+    from transformers.utils import versions
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda package: "5.17.2")
+    (tmp_path / "folder").mkdir()
+    for name, text in files.items():
+        (tmp_path / "folder" / name).write_text(text)
+    with pytest.raises(ImportError, match=r"transformers>=5\.18 is required .* found transformers==5\.17\.2"):
+        dynamic_module_utils.get_class_from_dynamic_module(
+            "configuration_bard_vl.BardVLConfig", str(tmp_path / "folder")
+        )
 
 
 def test_every_file_says_where_it_is_from(files):
