@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from nemo_bard.checkpoints import self_contained
-from nemo_bard.checkpoints.self_contained import Source, closure, code, outside, read, rewrite, write_code
+from nemo_bard.checkpoints.self_contained import closure, code, outside, parse, read, rewrite, write_code
 
 MODULES = {
     "base": "copies errors names registry settings",
@@ -86,11 +85,6 @@ def test_no_file_hides_a_package(files):
     assert all(name.startswith("bard_vl_") or name.endswith("_bard_vl") for name in names)
 
 
-def parsed(text):
-    tree = ast.parse(text)
-    return Source("nemo_bard.room.one", text, tree, frozenset(self_contained._for_type_checkers(tree)))
-
-
 def test_rewriting_changes_imports_and_names_alone():
     text = '''"""Ümläuts before what is rewritten: ``nemo_bard.room.two.Thing``."""
 from typing import TYPE_CHECKING
@@ -114,7 +108,7 @@ NAMES = {"ü": f"{__package__}.bard_vl_room_two.Thing", "group": "nemo_bard.thin
 def late():
     from .bard_vl_room_two import Thing as Two; return Two
 '''
-    made = rewrite(parsed(text), frozenset({"nemo_bard.room.one", "nemo_bard.room.two"}))
+    made = rewrite(parse("nemo_bard.room.one", text), frozenset({"nemo_bard.room.one", "nemo_bard.room.two"}))
     assert made.split("\n", 2)[2] == wanted
 
 
@@ -124,7 +118,7 @@ def late():
 )
 def test_imports_that_cannot_be_rewritten_are_refused(line):
     with pytest.raises(ValueError, match=r"nemo_bard\.room\.one:1: .*from nemo_bard\.room\.module import name"):
-        rewrite(parsed(line), frozenset())
+        rewrite(parse("nemo_bard.room.one", line), frozenset())
 
 
 def test_a_package_is_no_module():
