@@ -24,8 +24,7 @@ TRAIN = {
     "lr_scheduler.lr_warmup_steps": 0,
     "model.block_size": 8,
     "model.torch_dtype": "bfloat16",
-    "optimizer._target_": "torch.optim.SGD",
-    "optimizer.lr": 1e-2,
+    "optimizer": {"_target_": "torch.optim.SGD", "lr": 1e-2},
 }
 LAYERS = {"2b": 4, "4b": 4, "8b": 2, "32b": 1}
 """Of the language model: as many as 12 GiB hold with their gradients (32B: 14 GiB)."""
