@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemo_bard.generation.parameters import ENGINES, NO_END, GenerationSettings
+from nemo_bard.base.registry import import_dotted
+from nemo_bard.generation.parameters import ENGINES, NEXT_TOKEN_ENGINES, NO_END, GenerationSettings
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list, check_mask_token_id
 from nemo_bard.generation.strategies import Strategy
 
@@ -91,14 +92,12 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
 
 
 def _next_token_engine(given: GenerationSettings, model_config: Any) -> type:
-    from nemo_bard.generation import causal
-
     if model_config.context_attention != "causal":
         raise ValueError(
             f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
             f" has {model_config.context_attention}"
         )
-    return causal.PlainCausalEngine if given.decode_path == "plain" else causal.CausalEngine
+    return import_dotted(NEXT_TOKEN_ENGINES[given.decode_path])
 
 
 def _mask_token_id(given: GenerationSettings, model_config: Any) -> int:

@@ -10,10 +10,10 @@ from nemo_bard.checkpoints import self_contained
 from nemo_bard.checkpoints.self_contained import Source, closure, code, outside, read, rewrite, write_code
 
 MODULES = {
-    "base": "errors registry settings",
+    "base": "copies errors names registry settings",
     "cost": "count",
-    "generation": "capture decode engines entry graph kernels parameters prefix products prompt prompt_prefix resolve runner"
-    " sampling session settings steps strategies text",
+    "generation": "capture causal decode engines entry graph kernels next_token parameters prefix products prompt"
+    " prompt_prefix records resolve runner sampling session settings steps strategies text",
     "method": "chunked layout",
     "model": "attention bard configuration lean sequences vision",
     "upstream": "qwen3_vl torch touched transformers views",
