@@ -58,6 +58,8 @@ class DecodeResult:
     """Forwards of the language model for the whole batch, prompt included."""
     seconds: dict[str, float]
     history: list[StepRecord] = field(default_factory=list)
+    accepted_tokens: Tensor | None = None
+    """Of next-token decoding: response tokens that each forward of each row found, ``[N, forwards]``."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from nemo_bard.base.errors import unknown_name
 from nemo_bard.generation.decode import Decoder, DecodeResult, Hooks, StepRecord
+from nemo_bard.generation.next_token import NextTokenDecoder
 from nemo_bard.generation.prompt import PROMPT_KEYS, prepare_prompt
 from nemo_bard.generation.resolve import resolve_settings
 from nemo_bard.generation.session import Session
@@ -37,11 +38,14 @@ class BardGenerateOutput(ModelOutput):
         lengths: Response tokens of each row, EOS included, ``[N]``.
         tokens_per_forward: Response tokens / (denoising + commit forwards) of each row, ``[N]`` float32.
         tokens_per_denoising_forward: Response tokens / denoising forwards of each row, ``[N]`` float32.
-        block_step_counts: Denoising forwards per block, ``[N, blocks]``; 0 where a block was not started.
+        block_step_counts: Denoising forwards per block, ``[N, blocks]``; 0 where a block was not started. In next-token
+            decoding forwards take the place of blocks: 1 for each that the row took part in.
         commit_forwards: Forwards of each row that only committed a block, ``[N]``.
         forwards: Forwards of the language model for the whole batch, the prompt's included.
         seconds: Wall-clock seconds of ``vision``, ``prefill`` (prompt and first step) and ``decode``.
         history: One ``StepRecord`` per step with ``output_history=True``.
+        accepted_tokens: In next-token decoding (``autoregressive``, ``self_speculative``) the response tokens that each
+            forward of each row found, ``[N, forwards]``; 0 behind a row's end. None with other strategies.
     """
 
     sequences: Tensor | None = None
@@ -53,6 +57,7 @@ class BardGenerateOutput(ModelOutput):
     forwards: int | None = None
     seconds: dict[str, float] | None = None
     history: list[StepRecord] | None = None
+    accepted_tokens: Tensor | None = None
 
 
 def split_arguments(
@@ -156,7 +161,8 @@ def generate(
         hooks = make_hooks(prompt.input_ids, logits_processor, stopping_criteria, streamer)
         try:
             with Session(model, prompt, settings) as session:
-                decoder = Decoder(session, hooks=hooks, generator=generator, synchronize=config.return_dict_in_generate)
+                loop = NextTokenDecoder if settings.strategy.by_next_token else Decoder
+                decoder = loop(session, hooks=hooks, generator=generator, synchronize=config.return_dict_in_generate)
                 result = decoder.run()
         finally:
             if streamer is not None:
@@ -187,6 +193,7 @@ def make_output(result: DecodeResult) -> BardGenerateOutput:
         forwards=result.forwards,
         seconds=result.seconds,
         history=result.history or None,
+        accepted_tokens=result.accepted_tokens,
     )
 
 
@@ -195,11 +202,13 @@ def step_stats(result: DecodeResult) -> dict[str, Any]:
 
     Keys: ``block_step_counts`` ``[N, blocks]`` (blocks that no row started are left out), per-row lists
     ``num_response_tokens``, ``num_denoising_steps``, ``num_commit_forwards``, ``tpf`` (without commits) and
-    ``tpf_with_commits``, and ``forwards`` of the whole batch.
+    ``tpf_with_commits``, ``forwards`` of the whole batch, and of next-token decoding
+    ``accepted_tokens`` ``[N, forwards]``.
     """
     lengths, commits, with_commits, without = _per_forward(result)
     counts = result.block_step_counts
     started = int((counts.sum(0) > 0).sum())
+    accepted = {} if result.accepted_tokens is None else {"accepted_tokens": result.accepted_tokens}
     return {
         "block_step_counts": counts[:, :started],
         "num_response_tokens": lengths.tolist(),
@@ -208,4 +217,5 @@ def step_stats(result: DecodeResult) -> dict[str, Any]:
         "tpf": without.tolist(),
         "tpf_with_commits": with_commits.tolist(),
         "forwards": result.forwards,
+        **accepted,
     }

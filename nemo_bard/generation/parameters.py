@@ -25,11 +25,20 @@ from nemo_bard.base.settings import (
     reference,
     setting,
 )
-from nemo_bard.generation.strategies import EntropyBound, LowConfidenceDynamic, LowConfidenceStatic, Strategy
+from nemo_bard.generation.strategies import (
+    Autoregressive,
+    EntropyBound,
+    LowConfidenceDynamic,
+    LowConfidenceStatic,
+    SelfSpeculative,
+    Strategy,
+)
 
 CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 NO_END = -1
 """As ``eos_token_id``: nothing ends a response but ``max_new_tokens``."""
+NEXT_TOKEN_PATHS = ("fast", "graph", "plain")
+"""Values of ``decode_path`` for strategies that decode by the next-token distribution; the first two are the same."""
 ENGINE_METHODS = ("first", "step", "advance", "select")
 
 
@@ -73,6 +82,8 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "low_confidence_static": LowConfidenceStatic,
         "low_confidence_dynamic": LowConfidenceDynamic,
         "entropy_bound": EntropyBound,
+        "autoregressive": Autoregressive,
+        "self_speculative": SelfSpeculative,
     },
     check=check_strategy,
 )
@@ -224,7 +235,19 @@ def build_settings(values: Mapping[str, Any]) -> tuple[GenerationSettings, Strat
     own = strategy_fields(general.remasking_strategy)
     ENGINES.get(general.decode_path)
     strategy = STRATEGIES.get(general.remasking_strategy)
+    if strategy.by_next_token:
+        _check_next_token(general)
     return general, strategy(**{name: values[name] for name in own if name in values})
+
+
+def _check_next_token(general: GenerationSettings) -> None:
+    name = f"remasking_strategy={general.remasking_strategy}"
+    if general.edit_threshold is not None:
+        raise ValueError(f"edit_threshold={general.edit_threshold}: {name} never replaces a token; leave it out")
+    if general.decode_path not in NEXT_TOKEN_PATHS:
+        raise ValueError(
+            f"decode_path must be one of {', '.join(NEXT_TOKEN_PATHS)} with {name}, got {general.decode_path!r}"
+        )
 
 
 def settings_reference() -> str:

@@ -59,13 +59,14 @@ class Prefix:
     """Columns of the cache."""
     sequences: list[Sequences] = field(default_factory=list)
     """The same for the kernel; empty if it is not to be used."""
+    mask: Tensor | None = None
+    """The same as a dense mask, ``[N, 1, Q, width]`` bool; made of ``visible`` if there are no ``sequences``."""
 
     def __post_init__(self) -> None:
         rows = torch.arange(len(self.columns), device=self.columns.device).unsqueeze(1)
         self.slots = (rows * self.capacity + self.columns).flatten()
         """Flat indices of ``columns`` in the cache of all rows, ``[N * Q]``."""
-        self.mask: Tensor | None = None
-        if not self.sequences:
+        if not self.sequences and self.mask is None:
             self.mask = (torch.arange(self.width, device=rows.device) < self.visible.unsqueeze(2)).unsqueeze(1)
 
 
@@ -93,6 +94,14 @@ class PrefixCacheLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         return self.keys.index_copy_(0, slots, keys), self.values.index_copy_(0, slots, values)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows of ``[N]``."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = (
+            x.unflatten(0, (-1, self.owner.capacity))[rows].flatten(0, 1) for x in (self.keys, self.values)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states ``[N, Hkv, Q, D]`` of the forward's tokens and return all there are, flat."""
@@ -128,6 +137,13 @@ class PrefixCache(Cache):
         self.prefix: Prefix | None = None
         """Of the forward that runs."""
         super().__init__(layers=[PrefixCacheLayer(self) for _ in range(layers)])
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        for layer in self.layers:
+            assert isinstance(layer, PrefixCacheLayer)
+            layer.select(rows)
+        self.rows = len(rows)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, scale: float | None = None) -> Tensor:

@@ -72,6 +72,7 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
         "static" if on_cuda and not given.cache_implementation else None,
     )
     is_static |= given.decode_path == "graph"
+    is_graph = given.decode_path == "fast" and is_static
     return DecodeSettings(
         given=given,
         strategy=strategy,
@@ -82,9 +83,22 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
         turn_end_ids=tuple(turn_end_ids),
         pad_token_id=pad,
         context_attention=model_config.context_attention,
-        engine=ENGINES.get("graph" if given.decode_path == "fast" and is_static else given.decode_path),
+        engine=_next_token_engine(given, model_config)
+        if strategy.by_next_token
+        else ENGINES.get("graph" if is_graph else given.decode_path),
         compile_step=is_static and (on_cuda if given.compile_step is None else given.compile_step),
     )
+
+
+def _next_token_engine(given: GenerationSettings, model_config: Any) -> type:
+    from nemo_bard.generation import causal
+
+    if model_config.context_attention != "causal":
+        raise ValueError(
+            f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
+            f" has {model_config.context_attention}"
+        )
+    return causal.PlainCausalEngine if given.decode_path == "plain" else causal.CausalEngine
 
 
 def _mask_token_id(given: GenerationSettings, model_config: Any) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from nemo_bard.base.settings import fraction, number, setting
+from nemo_bard.base.settings import fraction, integer, number, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,8 @@ class Strategy(ABC):
     """Whether every block takes exactly ``denoising_steps`` steps."""
     calibrated: ClassVar[bool] = True
     """Whether calibration tries this strategy unless it is told which ones to try."""
+    by_next_token: ClassVar[bool] = False
+    """Whether answers are those of the next-token distribution; see ``NextTokenStrategy``."""
 
     @abstractmethod
     def fix(self, state: StepState) -> Tensor:
@@ -115,6 +117,51 @@ class EntropyBound(Strategy):
         keep = ((finite.cumsum(-1) - finite) <= self.entropy_bound) & values.isfinite()
         keep = keep | (keep.new_ones(keep.shape).long().cumsum(-1) <= state.quota)
         return keep.scatter(-1, order, keep) & state.is_masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenStrategy(Strategy):
+    """Base of the strategies whose answers are those of the next-token distribution of a causal context.
+
+    ``nemo_bard.generation.next_token`` decodes them; no denoising step asks them anything.
+    """
+
+    by_next_token: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
+
+    @property
+    def num_drafts(self) -> int:
+        """How many blocks a forward drafts."""
+        return 0
+
+    def fix(self, state: StepState) -> Tensor:
+        """Not used.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(f"{type(self).__name__} takes no denoising steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoregressive(NextTokenStrategy):
+    """Nothing: the next-token distribution of the same weights gives one token per forward (causal context only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculative(NextTokenStrategy):
+    """Nothing: a block is drafted by diffusion and verified by the next-token distribution in the following forward, so that answers are exactly those of ``autoregressive`` (causal context only; arXiv 2604.06832 describes the idea).
+
+    A forward verifies a draft and drafts the block behind it. How much of the draft will be accepted is not known before, so
+    that blocks are drafted behind several of its tokens: those at which the draft most likely ends.
+    """
+
+    drafts: int = setting(4, integer(1), "blocks that a forward drafts, each behind another token of the draft that it verifies")
+
+    @property
+    def num_drafts(self) -> int:
+        """See ``NextTokenStrategy``."""
+        return self.drafts
 
 
 def _most_confident(state: StepState) -> Tensor:

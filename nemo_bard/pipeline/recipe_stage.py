@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self
 import yaml
 
 from nemo_bard.base.files import write_text
-from nemo_bard.base.folders import read_model_type
+from nemo_bard.base.folders import CONFIG, read_model_type, read_object
+from nemo_bard.base.names import MODEL_TYPE
 from nemo_bard.base.paths import find_recipe
 from nemo_bard.base.settings import flag, integer, number, setting, text
 from nemo_bard.data.readers import input_files
@@ -22,6 +23,7 @@ from nemo_bard.method.layout import check_anchor_block_size
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Place, Stage
 from nemo_bard.pipeline.schema import SECTION, FollowingSettings, StageSettings
+from nemo_bard.pipeline.start_stages import ConvertStage
 from nemo_bard.pipeline.training import final_export, train
 from nemo_bard.pipeline.world import World
 from nemo_bard.train.config import check_batch_sizes, replicas_of, validate_recipe
@@ -239,7 +241,8 @@ class RecipeStage(Stage):
                 recipe_class.validate_config(raw)
                 return
             with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "config.json").write_text('{"model_type": "bard_vl"}')
+                stand_in = {"model_type": "bard_vl", "context_attention": _context_attention(self, job)}
+                (Path(folder) / "config.json").write_text(json.dumps(stand_in))
                 for use, dotted in (("init", INIT_KEY), ("anchor", ANCHOR_KEY)):
                     section, _, key = dotted.partition(".")
                     if use in self.inputs and not Path(str(job.input_path(self.inputs[use]))).is_dir():
@@ -311,6 +314,20 @@ def _smallest_blocks(place: Place) -> str:
     if not trained:
         raise ValueError(f"{place.where}.anchor must be set: no earlier stage can be the anchor")
     return min(trained, key=lambda pair: pair[0])[1]
+
+
+def _context_attention(stage: Stage, job: Job) -> str | None:
+    """That of the start point that a stage comes from; None where that cannot be known yet."""
+    while (name := stage.inputs.get("init", "")) in job.names:
+        stage = job.stage(name)
+        start = stage.inputs.get("init", "")
+        if isinstance(stage, ConvertStage) and (start in job.names or not _is_bard_folder(start)):
+            return stage.context_attention
+    return read_object(Path(name) / CONFIG).get("context_attention", "block") if _is_bard_folder(name) else None
+
+
+def _is_bard_folder(name: str) -> bool:
+    return Path(name).is_dir() and read_model_type(name) == MODEL_TYPE
 
 
 def dump(value: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from nemo_bard.base.folders import read_model_type
-from nemo_bard.base.settings import flag, integer, setting
+from nemo_bard.base.settings import choice, flag, integer, setting
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Place, Stage
 from nemo_bard.pipeline.schema import FollowingSettings, StageSettings
@@ -47,6 +47,9 @@ class ConvertSettings(FollowingSettings):
 
     evaluate: bool = setting(False, flag(), "whether its export is scored")
     block_size: int | None = setting(None, integer(optional=True), "null: of the first training stage after it")
+    context_attention: str | None = setting(
+        None, choice(("block", "causal"), optional=True), "attention among context blocks; null: model.context_attention"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class ConvertStage(Stage):
             inputs={"init": source or place.previous()},
             block_size=settings.block_size or _first_block_size(place),
             mask_token_id=place.model.mask_token_id,
-            context_attention=place.model.context_attention,
+            context_attention=settings.context_attention or place.model.context_attention,
             is_model_source=source is not None and source == place.model.source,
         )
 
