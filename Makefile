@@ -1,4 +1,4 @@
-# make test | test-slurm | test-vllm | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-tf457 | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,7 +15,7 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not vllm and not lmms
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not tf457
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
@@ -31,7 +31,14 @@ endif
 VLLM_RUN ?=
 VLLM_TESTS ?= tests/vllm
 
-.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-chain test-lmms test-gpu bench-gpu lint clean
+# another one for the transformers of released Bard-VL checkpoints
+TF457_VENV ?= .venv-tf457
+ifeq ($(origin TF457_PYTHON), undefined)
+TF457_PYTHON := $(abspath $(TF457_VENV)/bin/python)
+TF457_READY := $(TF457_VENV)/.ready
+endif
+
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-tf457 venv-tf457 test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -61,6 +68,16 @@ $(VLLM_VENV)/.ready: constraints-vllm.txt setup.py | $(READY)
 test-vllm: $(READY) $(VLLM_READY) # 3.5 GB on a CPU; VLLM_PYTHON=... is an environment that is there already
 	VLLM_PYTHON=$(VLLM_PYTHON) VLLM_RUN=$(VLLM_RUN) $(PYTHON) -m pytest -m vllm -rs $(VLLM_TESTS) $(PYTEST_ARGS)
 
+venv-tf457: $(TF457_VENV)/.ready
+
+$(TF457_VENV)/.ready: | $(READY)
+	$(PYTHON) -m venv $(TF457_VENV)
+	$(TF457_VENV)/bin/python -m pip install -q 'transformers==4.57.3' torch torchvision pillow
+	touch $@
+
+test-tf457: $(READY) $(TF457_READY) # TF457_PYTHON=... is an environment that is there already
+	TF457_PYTHON=$(TF457_PYTHON) $(PYTHON) -m pytest -m tf457 -rs tests/integration/test_tf457.py $(PYTEST_ARGS)
+
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
 
@@ -83,4 +100,4 @@ lint: $(READY)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(TF457_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

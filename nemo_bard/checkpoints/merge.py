@@ -112,12 +112,22 @@ def read_adapters(checkpoint: Path) -> Adapters:
     if incomplete or not parts:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: lora_A or lora_B is missing for {(incomplete or ['all'])[0]}")
     return Adapters(
-        folder, str(config.get("base_model_name_or_path")), alpha / rank, tuple(sorted(parts)), _overrides(folder)
+        folder, str(config.get("base_model_name_or_path")), alpha / rank, tuple(sorted(parts)), read_overrides(folder)
     )
 
 
-def _overrides(folder: Path) -> dict[str, Any]:
-    """What the run's recipe, saved beside the adapters, changed in the model's configuration."""
+def read_overrides(folder: Path) -> dict[str, Any]:
+    """Read what a run's recipe changed in the model's configuration.
+
+    Args:
+        folder: ``model`` of a checkpoint; the recipe is saved beside it.
+
+    Returns:
+        Keys of ``config.json`` and their values; none where there is no recipe.
+
+    Raises:
+        ValueError: If it changed the shape of the model.
+    """
     file = folder.parent / TRAINING_CONFIG
     if not file.is_file():
         return {}

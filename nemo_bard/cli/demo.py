@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, one_line
+from nemo_bard.base.metrics import markdown_table
 from nemo_bard.base.paths import find_recipe
-from nemo_bard.report.run import markdown_table, read_run, score_rows, scores_of, training_rows
+from nemo_bard.report.run import read_run, score_rows, scores_of, training_rows
 
 STAGES = ("source", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32")
 SMALL = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.files import write_text
+from nemo_bard.base.metrics import markdown_table, read_lines, tail_loss
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +42,6 @@ class StageRecord:
     validation: list[dict[str, Any]] = field(default_factory=list)
     progress: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the entries of a metrics file by step, the last one of each; a line cut off by a crash is left out."""
-    entries: dict[int, dict[str, Any]] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                entries[entry["step"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
-    return [entries[step] for step in sorted(entries)]
 
 
 def read_run(run_dir: Path) -> list[StageRecord]:
@@ -92,14 +80,6 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def tail_loss(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean loss over the last tenth of the steps, at least one."""
-    if not steps:
-        return None
-    last = steps[-max(1, len(steps) // 10) :]
-    return statistics.fmean(entry["loss"] for entry in last)
 
 
 def training_rows(records: Sequence[StageRecord]) -> tuple[list[str], list[list[str]]]:
@@ -148,12 +128,6 @@ def score_rows(scored: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 def scores_of(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
     """What ``score_rows`` takes, of the stages that were scored."""
     return [{"stage": r.name, "block_size": r.block_size, **r.evaluation} for r in records if r.evaluation is not None]
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import tensor
 
 from nemo_bard.base.files import locked
+from nemo_bard.base.metrics import read_lines
 from nemo_bard.launch.exits import EXIT_PREEMPTED
 from nemo_bard.pipeline import Pipeline, compare, manifest
 from nemo_bard.pipeline.compose import compose, read_words
 from nemo_bard.pipeline.job import make_job
 from nemo_bard.pipeline.status import read_status, render
-from nemo_bard.report.run import read_lines, read_run
+from nemo_bard.report.run import read_run
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "try a chain on the real machines in a few minutes, and measure it",
     ),
     "convert": ("nemo_bard.cli.commands.convert", "make a BARD start point from a Qwen3-VL folder"),
+    "export": ("nemo_bard.cli.commands.export", "make a Hugging Face folder of any training checkpoint"),
     "merge": ("nemo_bard.cli.commands.merge", "add LoRA adapters to their base checkpoint"),
     "generate": ("nemo_bard.cli.commands.generate", "answer a prompt, or a file of prompts"),
     "serve": ("nemo_bard.cli.commands.serve", "serve a checkpoint with OpenAI's interface and a web page"),

@@ -1,0 +1,57 @@
+"""``nemo-bard export SRC DST``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+_EPILOG = """\
+SRC is a chain's run folder (its last finished stage, or --stage), a stage, a checkpoint of a training run or the folder
+around it (LATEST), or a BARD folder. Sharded weights of an interrupted run are put together, LoRA adapters are added to
+their base. Weights are read and written one tensor at a time; DST appears whole or not at all.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the parser of ``export``."""
+    text = "Make a Hugging Face folder of any training checkpoint: weights, processor, settings and a model card."
+    parser = subparsers.add_parser(
+        "export",
+        help="make a Hugging Face folder of any training checkpoint",
+        description=text,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="run, stage, checkpoint or folder; see below")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument("--stage", metavar="NAME", help="stage of a run folder (default: the last finished one)")
+    parser.add_argument(
+        "--base", metavar="DIR", type=Path, help="checkpoint that training began with (default: the one the run names)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16, or auto: each tensor as it is (default)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a BARD checkpoint")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and print what was written."""
+    from nemo_bard.upstream.console import hush
+
+    hush()
+    from nemo_bard.checkpoints.exporting.export import export
+
+    report = export(
+        args.source,
+        args.target,
+        stage=args.stage,
+        base=args.base,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    sys.stdout.write(f"{report}\n")
+    return 0
