@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_pbm import read_log, write_mixture
 
 from nemo_bard import BardVLConfig
 from nemo_bard.base.paths import recipes_dir
+from nemo_bard.checkpoints.exporting.export import export
 from nemo_bard.cost.count import GPUS
 from nemo_bard.train.plan import plan_of_recipe
 from nemo_bard.train.recipe_file import load_raw_config
@@ -163,3 +165,24 @@ def test_replicas_export_what_one_rank_does(runs):
 def load_weights(run: Path) -> dict[str, torch.Tensor]:
     (file,) = (run / "LATEST" / "model" / "consolidated").glob("*.safetensors")
     return load_file(file)
+
+
+def test_shards_of_all_ranks_are_put_together(runs, tmp_path):
+    """``nemo-bard export`` of a checkpoint that upstream did not consolidate."""
+    folder, _ = runs
+    checkpoint = (folder / "packed_nodes" / "LATEST").resolve()
+    shutil.copytree(
+        checkpoint, tmp_path / "run" / checkpoint.name, ignore=shutil.ignore_patterns("consolidated", "optim")
+    )
+    shards = tmp_path / "run" / checkpoint.name / "model"
+    assert len(list(shards.glob("shard-*.safetensors"))) > 1
+    report = export(tmp_path / "run", tmp_path / "export")
+    assert report.kind == "shards"
+    expected = load_weights(folder / "packed_nodes")
+    found = load_file(tmp_path / "export" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(weight) for key, weight in expected.items())
+    last = max(shards.glob("shard-*.safetensors"))
+    last.unlink()
+    with pytest.raises(ValueError, match=r"is missing|a shard is missing"):
+        export(tmp_path / "run", tmp_path / "export2")

@@ -138,7 +138,8 @@ def exported_config(origin: Origin) -> dict[str, Any]:
         if not isinstance(config.get(section), dict):
             raise ValueError(f"{origin.config_file}: {section}: missing; a BARD configuration has one")
         config[section].pop("_name_or_path", None)
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", "auto_map"):
+        config.pop(key, None)
     config["architectures"] = [MODEL_CLASS]
     older.spell_config(config)
     return config

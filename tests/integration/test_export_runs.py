@@ -1,0 +1,67 @@
+"""``nemo-bard export`` of what NeMo AutoModel writes: shards, torch's own format, LoRA, and the card of a plain recipe run."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_upstream import LORA, lab, weights  # noqa: F401 (a fixture)
+
+from nemo_bard.checkpoints.exporting.export import export
+from nemo_bard.cli.app import main
+
+pytestmark = pytest.mark.slow
+SAVING = {"checkpoint.enabled": True, "step_scheduler.ckpt_every_steps": 1}
+
+
+def assert_exported(model, folder):
+    """The folder holds the weights of a model, bit by bit."""
+    from transformers import AutoModelForImageTextToText
+
+    found = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    expected = weights(model)
+    assert found.config.block_size == model.config.block_size
+    for name, weight in weights(found).items():
+        assert weight.equal(expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch_save"])
+def test_a_checkpoint_of_either_format(lab, tmp_path, kind, capsys):  # noqa: F811
+    changes = {**SAVING, "checkpoint.model_save_format": kind, "checkpoint.save_consolidated": False}
+    recipe, _ = lab.run(kind, steps=2, **changes)
+    run = lab.folder / kind
+    assert main(["export", str(run), str(tmp_path / "last")]) == 0
+    assert f"({'shards' if kind == 'safetensors' else 'distributed'})" in capsys.readouterr().out
+    assert_exported(recipe.model_parts[0], tmp_path / "last")
+    export(run / "epoch_0_step_0", tmp_path / "first")
+    first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "last"))
+    assert not all(first[name].equal(last[name]) for name in last), "another step has other weights"
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "| block diffusion (PBM) | 8 | 1 |" in card
+    assert "`JsonlDataset`, path " in card
+    assert str(lab.folder) not in card
+
+
+def test_adapters_are_added_to_their_base(lab, tmp_path):  # noqa: F811
+    recipe, _ = lab.run("adapters", steps=2, peft=LORA, **SAVING)
+    run = lab.folder / "adapters"
+    report = export(run, tmp_path / "final")
+    assert report.kind == "folder", "AutoModel's recipe merged its last checkpoint"
+    shutil.rmtree(run / "LATEST" / "model" / "consolidated")
+    report = export(run, tmp_path / "merged", max_shard_size="300KB")
+    assert report.kind == "adapters"
+    whole = load_file(tmp_path / "final" / "model.safetensors")
+    found = {}
+    for file in (tmp_path / "merged").glob("model-*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == whole.keys()
+    assert all(found[name].equal(weight) for name, weight in whole.items())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["block_size"] == recipe.model_parts[0].config.block_size
+    assert "LoRA of rank 4" in (tmp_path / "merged" / "README.md").read_text()
+    start = load_file(next(lab.start.glob("*.safetensors")))
+    assert not all(start[name].equal(weight) for name, weight in whole.items())
