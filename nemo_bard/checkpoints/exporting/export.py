@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def export(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    finish: Callable[[Path], list[str]] | None = None,
 ) -> ExportReport:
     """Write the Hugging Face folder of a training checkpoint to ``target``; it appears whole or not at all.
 
@@ -68,6 +70,7 @@ def export(
         dtype: ``auto`` (each tensor as it is), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: Most bytes of a weight file, such as ``5GB``.
         overwrite: Replace ``target`` if it is a BARD checkpoint or an empty folder.
+        finish: Called with the folder when all is in it, before it gets its name; returns further lines of the report.
 
     Returns:
         What was written.
@@ -108,6 +111,7 @@ def export(
         check_loads(folder)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
+        notes += [] if finish is None else finish(folder)
         sync_tree(folder)
     return ExportReport(
         target, origin.place.folder, origin.place.kind, len(plan.files), len(names), plan.total_size, stored, notes
