@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 _EPILOG = """\
@@ -58,12 +59,14 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.adapter and len(args.stage) > 1:
         raise ValueError(f"--stage may be given once without --adapter, got {', '.join(args.stage)}")
-    chosen = {"stages": args.stage} if args.adapter else {"stage": args.stage[0] if args.stage else None}
-    make = export_adapters if args.adapter else export
+    make = (
+        partial(export_adapters, stages=args.stage)
+        if args.adapter
+        else partial(export, stage=args.stage[0] if args.stage else None)
+    )
     report = make(
         args.source,
         args.target,
-        **chosen,
         base=args.base,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
