@@ -1,4 +1,4 @@
-# make test | test-slurm | test-vllm | test-tf457 | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-tf457 | test-plain | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,7 +15,7 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not tf457
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not tf457 and not plain
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
@@ -38,7 +38,15 @@ TF457_PYTHON := $(abspath $(TF457_VENV)/bin/python)
 TF457_READY := $(TF457_VENV)/.ready
 endif
 
-.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-tf457 venv-tf457 test-chain test-lmms test-gpu bench-gpu lint clean
+# another one, with transformers and torch alone; PLAIN_RUN is a run folder of bard_tiny whose stages are asked too
+PLAIN_VENV ?= .venv-plain
+ifeq ($(origin PLAIN_PYTHON), undefined)
+PLAIN_PYTHON := $(abspath $(PLAIN_VENV)/bin/python)
+PLAIN_READY := $(PLAIN_VENV)/.ready
+endif
+PLAIN_RUN ?=
+
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-tf457 venv-tf457 test-plain venv-plain test-chain test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -78,6 +86,16 @@ $(TF457_VENV)/.ready: | $(READY)
 test-tf457: $(READY) $(TF457_READY) # TF457_PYTHON=... is an environment that is there already
 	TF457_PYTHON=$(TF457_PYTHON) $(PYTHON) -m pytest -m tf457 -rs tests/integration/test_tf457.py $(PYTEST_ARGS)
 
+venv-plain: $(PLAIN_VENV)/.ready
+
+$(PLAIN_VENV)/.ready: constraints-plain.txt | $(READY)
+	$(PYTHON) -m venv $(PLAIN_VENV)
+	$(PLAIN_VENV)/bin/python -m pip install -q --no-deps -r constraints-plain.txt
+	touch $@
+
+test-plain: $(READY) $(PLAIN_READY) # PLAIN_PYTHON=... is an environment that is there already
+	PLAIN_PYTHON=$(PLAIN_PYTHON) PLAIN_RUN=$(PLAIN_RUN) $(PYTHON) -m pytest -m plain -rs tests/plain $(PYTEST_ARGS)
+
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
 
@@ -100,4 +118,4 @@ lint: $(READY)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TF457_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(TF457_VENV) $(PLAIN_VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

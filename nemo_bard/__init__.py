@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemo_bard.base import moved
 from nemo_bard.base.lazy import lazy
-from nemo_bard.upstream.transformers import install as _install_registration
+from nemo_bard.upstream.registration import install as _install_registration
 
 if TYPE_CHECKING:
     from nemo_bard.generation.settings import BardGenerationConfig

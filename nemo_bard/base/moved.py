@@ -23,7 +23,7 @@ from nemo_bard.base.import_hooks import put_first
 
 PACKAGE = "nemo_bard"
 MODULES = {
-    "_registration": "upstream.transformers",
+    "_registration": "upstream.registration",
     "_startup": "cli.startup",
     "adapters": "checkpoints.merge",
     "attention": "model.attention",

@@ -10,3 +10,5 @@ SOURCE_MODEL_TYPE = "qwen3_vl"
 SOURCE_MODEL_CLASS = "Qwen3VLForConditionalGeneration"
 MODEL_TYPES = (SOURCE_MODEL_TYPE, MODEL_TYPE)
 """What commands load."""
+MASK_TOKEN = "<|mask|>"
+"""How the tokenizer of a folder that ``convert`` wrote spells the mask token."""

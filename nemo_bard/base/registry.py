@@ -107,9 +107,12 @@ class Registry(Generic[T]):
         return thing
 
     def _scan(self) -> None:
-        """Read the entry points, once; a wrong one is told at every use, not only at the first."""
+        """Read the entry points, once; a wrong one is told at every use, not only at the first.
+
+        They are for the installed package: a copy of this module that a checkpoint folder brings has classes of its own.
+        """
         with self._lock:
-            if self._scanned:
+            if self._scanned or __name__ != "nemo_bard.base.registry":
                 return
             before, self._scanned = dict(self._things), True  # checks of things look at the others
             try:

@@ -1,41 +1,42 @@
-"""``convert``: makes a BARD start point from a Qwen3-VL folder.
+"""``convert``: makes a BARD start point from a Qwen3-VL or a Bard-VL checkpoint.
 
 NeMo AutoModel picks the model class by the ``architectures`` of the folder's ``config.json``, and BARD keeps Qwen3-VL's
-weights as they are. So only ``config.json`` and ``generation_config.json`` are written anew; weights are hard-linked, or
-copied file by file where the file system cannot, and are never loaded.
+weights as they are. So only ``config.json``, ``generation_config.json`` and the name of the mask token in the tokenizer are
+written anew; weights are hard-linked, or copied file by file where the file system cannot, and are never loaded.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bard.base.files import link_or_copy, write_whole
-from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE, SOURCE_MODEL_CLASS, SOURCE_MODEL_TYPE
+from nemo_bard.base.folders import CONFIG
+from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE
 from nemo_bard.checkpoints.folder import (
     WEIGHTS_INDEX,
     check_target,
     copy_companions,
-    read_header,
     read_object,
     weight_files,
 )
+from nemo_bard.checkpoints.hub import find_checkpoint
+from nemo_bard.checkpoints.mask_token import choose_mask_token_id, name_mask_token
+from nemo_bard.checkpoints.source import (
+    TokenizerFacts,
+    embedding_rows,
+    read_source_config,
+    read_tokenizer,
+    special_ids_of,
+)
 from nemo_bard.method.layout import check_block_size, check_context_attention
 
-QWEN3_VL_MASK_TOKEN_ID = 151671
-ASSISTANT_HEADER = "<|im_start|>assistant\n"
-END_OF_TURN = "<|im_end|>"
-
-
-class TokenizerFacts(NamedTuple):
-    """What the conversion needs to know about a tokenizer."""
-
-    ids: frozenset[int]
-    """Every id that stands for text or a special token."""
-    assistant_header_ids: list[int]
-    end_of_turn_id: int
+GENERATION_CONFIG = "generation_config.json"
+FIRST_BLOCK_SIZE = 4
+"""Of a start point that is made of a Qwen3-VL folder, if nobody says another."""
 
 
 class ConvertReport(NamedTuple):
@@ -48,12 +49,18 @@ class ConvertReport(NamedTuple):
     linked: int
     copied: int
     left_out: list[str]
+    mask_token: str | None = None
+    """Name of the mask token in the tokenizer, None if it has none."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of this conversion, one line each."""
 
     def __str__(self) -> str:
+        name = self.mask_token or "without a name in the tokenizer"
         lines = [
-            f"wrote {self.target}: {MODEL_CLASS}, block size {self.block_size}, mask token {self.mask_token_id}, "
+            f"wrote {self.target}: {MODEL_CLASS}, block size {self.block_size}, mask token {self.mask_token_id} ({name}), "
             f"context attention {self.context_attention}",
             f"weight files: {self.linked} hard-linked, {self.copied} copied",
+            *self.notes,
         ]
         if self.left_out:
             lines.append(f"not taken over: {', '.join(self.left_out)}")
@@ -61,26 +68,28 @@ class ConvertReport(NamedTuple):
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
-    block_size: int = 4,
+    block_size: int | None = None,
     mask_token_id: int | None = None,
-    context_attention: str = "block",
+    context_attention: str | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Write a BARD start point made of the Qwen3-VL checkpoint in ``source`` to the folder ``target``.
+    """Write a BARD start point made of the checkpoint in ``source`` to the folder ``target``.
 
     Everything is checked and written to a folder beside ``target`` first, which is then renamed: ``target`` appears whole
     or not at all.
 
     Args:
-        source: Folder with ``config.json``, a tokenizer and safetensors weights (one file, or shards with an index).
+        source: Folder with ``config.json``, a tokenizer and safetensors weights (one file, or shards with an index), or a
+            Hugging Face name (``org/name``, ``org/name@revision``) in the cache or, where the network allows, to download. A
+            Qwen3-VL checkpoint, a released Bard-VL one, or a BARD folder.
         target: Folder to make.
-        block_size: Tokens denoised together, >= 1.
-        mask_token_id: Row of the embedding that becomes ``[MASK]``. If None, 151671 where the vocabulary allows it, else
-            the first row above the tokenizer's last id.
-        context_attention: ``block`` or ``causal``.
+        block_size: Tokens denoised together, >= 1. If None, 4 for a Qwen3-VL checkpoint, else that of the source.
+        mask_token_id: Row of the embedding that becomes the mask token. If None, 151671 where the vocabulary allows it, else
+            the first row above the tokenizer's last id; that of the source if it is a Bard-VL one.
+        context_attention: ``block`` or ``causal``. If None, ``block`` for a Qwen3-VL checkpoint, else that of the source.
         overwrite: Replace ``target`` if it is a BARD checkpoint or an empty folder.
 
     Returns:
@@ -89,126 +98,121 @@ def convert(
     Raises:
         FileNotFoundError: If ``source``, its ``config.json`` or a weight file is missing.
         FileExistsError: If ``target`` exists and may not be replaced.
-        ValueError: If ``source`` is no Qwen3-VL checkpoint, a weight file is damaged, or an argument is not allowed.
+        ValueError: If ``source`` is neither a Qwen3-VL nor a Bard-VL checkpoint or cannot be downloaded, a weight file is
+            damaged, or an argument is not allowed.
     """
-    source, target = Path(source), Path(target)
-    check_block_size(block_size)
-    check_context_attention(context_attention)
+    if block_size is not None:
+        check_block_size(block_size)
+    if context_attention is not None:
+        check_context_attention(context_attention)
+    source, target = find_checkpoint("SRC", source, check=read_source_config), Path(target)
     config = read_source_config(source)
     check_target(source, target, overwrite=overwrite)
     shards = weight_files(source)
     rows = embedding_rows(source, shards, config)
-    tokenizer = read_tokenizer(source)
-    mask_token_id = choose_mask_token_id(mask_token_id, rows, tokenizer.ids | special_ids_of(config))
-
-    config.update(
-        model_type=MODEL_TYPE,
-        architectures=[MODEL_CLASS],
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        context_attention=context_attention,
-        assistant_header_ids=tokenizer.assistant_header_ids,
-        eos_token_id=tokenizer.end_of_turn_id,
-    )
-    spell_rope_twice(config["text_config"])
-    taken = {"config.json", "generation_config.json", WEIGHTS_INDEX, *shards}
+    trained = trained_values(source, config)
+    tokenizer = read_tokenizer(source, mask_token_id=trained.get("mask_token_id"))
+    wanted = {"block_size": block_size, "mask_token_id": mask_token_id, "context_attention": context_attention}
+    values, notes = bard_values(source, trained, wanted)
+    mask_token_id = choose_mask_token_id(values["mask_token_id"], rows, tokenizer.ids | special_ids_of(config))
+    fill_config(config, {**values, "mask_token_id": mask_token_id}, tokenizer)
+    taken = {CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *shards}
     with write_whole(target) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_generation_config(source, folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        keep = trained.get("block_size") in (None, values["block_size"])
+        notes += write_generation_config(source, folder, keep=bool(trained) and keep)
         taken |= copy_companions(source, folder)
-        linked = sum(link_or_copy(source / name, folder / name) for name in shards)
+        name = name_mask_token(folder, tokenizer.tokenizer, mask_token_id)
+        linked = sum(link_or_copy(source / shard, folder / shard) for shard in shards)
         if (source / WEIGHTS_INDEX).is_file():
             shutil.copyfile(source / WEIGHTS_INDEX, folder / WEIGHTS_INDEX)
         check_loads(folder)
     left_out = sorted(path.name for path in source.iterdir() if path.name not in taken)
-    return ConvertReport(target, block_size, mask_token_id, context_attention, linked, len(shards) - linked, left_out)
+    return ConvertReport(
+        target,
+        values["block_size"],
+        mask_token_id,
+        values["context_attention"],
+        linked,
+        len(shards) - linked,
+        left_out,
+        name,
+        tuple(notes),
+    )
 
 
-def read_source_config(source: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a Qwen3-VL folder.
+def trained_values(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a Bard-VL checkpoint was trained with, as its class reads it; nothing for a Qwen3-VL one.
 
     Raises:
-        FileNotFoundError: If there is no such folder or no config in it.
-        ValueError: If it describes another architecture.
+        ValueError: If its class refuses the configuration, or a token id is missing that it cannot know.
     """
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder; SRC must be the folder of a Qwen3-VL checkpoint")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source}: has no config.json; SRC must be the folder of a Qwen3-VL checkpoint")
-    config = read_object(source / "config.json")
-    model_type, architectures = config.get("model_type"), config.get("architectures")
-    if model_type != SOURCE_MODEL_TYPE or architectures not in (None, [SOURCE_MODEL_CLASS]):
-        name = ", ".join(architectures) if isinstance(architectures, list) else "no architectures"
-        raise ValueError(
-            f"{source / 'config.json'}: architecture {name} (model_type {model_type!r}) cannot be converted; "
-            f"allowed: {SOURCE_MODEL_CLASS} (model_type {SOURCE_MODEL_TYPE!r})"
-        )
-    for section in ("text_config", "vision_config"):
-        if not isinstance(config.get(section), dict):
-            raise ValueError(f"{source / 'config.json'}: {section}: missing; a Qwen3-VL config has one")
-    return config
+    if config["model_type"] != MODEL_TYPE:
+        return {}
+    from nemo_bard.model.configuration import BardVLConfig
+
+    values = copy.deepcopy(config)  # transformers changes the sections
+    values.pop("model_type")
+    read = BardVLConfig.from_dict(values)
+    return {
+        "block_size": read.block_size,
+        "mask_token_id": read.mask_token_id,
+        "context_attention": read.context_attention,
+        "assistant_header_ids": read.assistant_header_ids,
+        "eos_token_id": read.eos_token_id,
+    }
 
 
-def embedding_rows(source: Path, shards: list[str], config: dict[str, Any]) -> int:
-    """Return the rows of the token embedding; ValueError if weights and ``vocab_size`` disagree."""
-    for shard in shards:
-        for name, tensor in read_header(source / shard).items():
-            if name.endswith("embed_tokens.weight"):
-                rows, stated = tensor["shape"][0], config["text_config"].get("vocab_size")
-                if rows != stated:
-                    raise ValueError(f"{source / shard}: {name} has {rows} rows, text_config.vocab_size is {stated}")
-                return rows
-    raise ValueError(f"{source}: no weight named *embed_tokens.weight in {', '.join(shards)}")
-
-
-def read_tokenizer(source: Path) -> TokenizerFacts:
-    """Read the source's tokenizer; ValueError if it cannot be read or lacks Qwen's chat tokens."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{source}: cannot read its tokenizer: {error}") from error
-    vocabulary = tokenizer.get_vocab()
-    for token in (END_OF_TURN, "<|im_start|>"):
-        if token not in vocabulary:
-            raise ValueError(f"{source}: its tokenizer has no {token}, which Qwen3-VL's chat format needs")
-    header = tokenizer.encode(ASSISTANT_HEADER, add_special_tokens=False)
-    return TokenizerFacts(frozenset(vocabulary.values()), list(map(int, header)), int(vocabulary[END_OF_TURN]))
-
-
-def special_ids_of(config: dict[str, Any]) -> frozenset[int]:
-    """Return the ids that ``config.json`` gives a meaning to (image placeholder, padding, ...)."""
-    sections = (config, config["text_config"])
-    values = [value for section in sections for key, value in section.items() if key.endswith("_token_id")]
-    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return frozenset(item for item in flat if isinstance(item, int))
-
-
-def choose_mask_token_id(wanted: int | None, rows: int, taken: frozenset[int]) -> int:
-    """Return the id of ``[MASK]``: ``wanted`` if free, else 151671 if free and above the text, else the first free row.
+def bard_values(source: Path, trained: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return BARD's fields of ``config.json`` as far as they are known, and what to tell the user about them.
 
     Args:
-        wanted: The user's choice or None.
-        rows: Rows of the embedding.
-        taken: Ids that mean something already.
+        source: For messages.
+        trained: What ``trained_values`` returned.
+        wanted: ``block_size``, ``mask_token_id`` and ``context_attention`` as the user gave them, None for those left out.
 
     Raises:
-        ValueError: If ``wanted`` is taken or outside the embedding, or if no row is left.
+        ValueError: If a Bard-VL checkpoint does not say what has to be known, or another mask token is asked for.
     """
-    first = max(taken) + 1
-    if first >= rows:
+    if not trained:
+        defaults = {"block_size": FIRST_BLOCK_SIZE, "context_attention": "block"}
+        return {
+            **defaults,
+            **{key: value for key, value in wanted.items() if value is not None or key not in defaults},
+        }, []
+    for key, flag in (("block_size", "--block-size"), ("mask_token_id", "--mask-token-id")):
+        if trained[key] is None and wanted[key] is None:
+            raise ValueError(f"{source / CONFIG}: has no {key}; give the one that SRC was trained with ({flag} N)")
+    if None not in (trained["mask_token_id"], wanted["mask_token_id"]) and (
+        trained["mask_token_id"] != wanted["mask_token_id"]
+    ):
         raise ValueError(
-            f"mask_token_id: the embedding has {rows} rows and the tokenizer uses ids up to {first - 1}: none is left; "
-            "resize the embedding of SRC first"
+            f"mask_token_id {wanted['mask_token_id']}: SRC was trained with {trained['mask_token_id']}; leave it out"
         )
-    if wanted is None:
-        return QWEN3_VL_MASK_TOKEN_ID if first <= QWEN3_VL_MASK_TOKEN_ID < rows else first
-    if not 0 <= wanted < rows:
-        raise ValueError(f"mask_token_id {wanted} lies outside the embedding; allowed: {first} to {rows - 1}")
-    if wanted in taken:
-        raise ValueError(f"mask_token_id {wanted} is a token of the tokenizer; allowed: {first} to {rows - 1}")
-    return wanted
+    notes = []
+    for key, what in (
+        ("block_size", "train the next stage with it before decoding"),
+        ("context_attention", "its context was trained otherwise, so it has to be trained on before decoding"),
+    ):
+        if wanted[key] is not None and trained[key] not in (None, wanted[key]):
+            notes.append(f"{key} changed from {trained[key]} to {wanted[key]}: {what}")
+    return {**trained, **{key: value for key, value in wanted.items() if value is not None}}, notes
+
+
+def fill_config(config: dict[str, Any], values: dict[str, Any], tokenizer: TokenizerFacts) -> None:
+    """Make a BARD configuration of that of the source, in place."""
+    header, end = values.get("assistant_header_ids"), values.get("eos_token_id")
+    config.update(
+        model_type=MODEL_TYPE,
+        architectures=[MODEL_CLASS],
+        block_size=values["block_size"],
+        mask_token_id=values["mask_token_id"],
+        context_attention=values["context_attention"],
+        assistant_header_ids=tokenizer.assistant_header_ids if header is None else header,
+        eos_token_id=tokenizer.end_of_turn_id if end is None else end,
+    )
+    config.pop("auto_map", None)  # names files of code that do not travel
+    spell_rope_twice(config["text_config"])
 
 
 def spell_rope_twice(text_config: dict[str, Any]) -> None:
@@ -229,13 +233,33 @@ def spell_rope_twice(text_config: dict[str, Any]) -> None:
         text_config["rope_parameters"] = {**scaling, **theta}
 
 
-def write_generation_config(source: Path, folder: Path) -> None:
-    """Write ``generation_config.json``: BARD's defaults, with the source's padding id."""
-    from nemo_bard.generation.settings import BardGenerationConfig
+def write_generation_config(source: Path, folder: Path, *, keep: bool) -> list[str]:
+    """Write ``generation_config.json``.
 
-    path = source / "generation_config.json"
-    pad_token_id = read_object(path).get("pad_token_id") if path.is_file() else None
-    BardGenerationConfig(pad_token_id=pad_token_id).save_pretrained(folder)
+    Args:
+        source: Folder of the source.
+        folder: Folder to write to.
+        keep: Take the source's settings over; else BARD's defaults with the source's padding id.
+
+    Returns:
+        A line for the user if decode settings of a BARD source were left out.
+    """
+    from nemo_bard.generation.settings import CLASS_MARKER, BardGenerationConfig
+
+    path = source / GENERATION_CONFIG
+    if not path.is_file():
+        BardGenerationConfig().save_pretrained(folder)
+        return []
+    if keep:
+        BardGenerationConfig.from_pretrained(source).save_pretrained(folder)
+        return []
+    given = read_object(path)
+    written = BardGenerationConfig(pad_token_id=given.get("pad_token_id"))
+    written.save_pretrained(folder)
+    was_ours = CLASS_MARKER in given and BardGenerationConfig.from_pretrained(source).to_diff_dict()
+    if was_ours and was_ours != written.to_diff_dict():
+        return [f"decode settings of SRC were for another block size and are left out: {path}"]
+    return []
 
 
 def check_loads(folder: Path) -> None:

@@ -190,6 +190,7 @@ def merge(
     missing = [module for module in adapters.modules if f"{module}.weight" not in names]
     if missing:
         raise ValueError(f"{adapters.folder}: adapter of {missing[0]}, which {base} does not have; name another base")
+    config.pop("auto_map", None)  # names files of code that do not travel
     config.update(adapters.overrides if overrides is None else overrides)
     if dtype != "auto":
         for section in (config, config["text_config"], config["vision_config"]):

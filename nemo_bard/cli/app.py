@@ -11,11 +11,16 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from nemo_bard import __version__
 from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, RunError, one_line
+from nemo_bard.cli import startup
 from nemo_bard.cli.commands import COMMANDS
 
+Code = TypeVar("Code", int, int | None)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.ENAMETOOLONG)
 """What will be refused again."""
@@ -61,8 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith((".yaml", ".yml")):
         return forward([sys.argv[0], *argv]) or 0
+    return exit_code_of(partial(run_command, argv))
+
+
+def exit_code_of(run: Callable[[], Code]) -> Code | int:
+    """Run something and return its exit code, or None if it has none yet; wrong input is told in one line."""
     try:
-        return run_command(argv)
+        return run()
     except (*USER_ERRORS, RunError) as error:
         if os.environ.get("NEMO_BARD_DEBUG") == "1":
             raise
@@ -99,7 +109,8 @@ def automodel() -> int | None:
 
 
 def forward(argv: list[str]) -> int | None:
-    """Run NeMo AutoModel's own ``main`` with ``sys.argv`` set to ``argv``."""
+    """Run NeMo AutoModel's own ``main`` with ``sys.argv`` set to ``argv``; it hands recipes of ours back to ``finetune``."""
+    startup.install()  # where the start-up hook is missing
     try:
         from nemo_automodel.cli.app import main as upstream_main
     except ModuleNotFoundError as error:

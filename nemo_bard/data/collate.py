@@ -316,6 +316,7 @@ class BlockDiffusionCollator:
             inputs = encode(self.processor, [conversation])
             ids = inputs["input_ids"][0]
             media = find_media(ids, inputs, self._media_tokens)
+            self._check_ids(ids)
         responses = self._responses(ids, conversation, index)
         sample = lay_out_sample(
             ids.masked_fill(ids == self.config.video_token_id, self.config.image_token_id),
@@ -366,8 +367,13 @@ class BlockDiffusionCollator:
         conversation, index = _checked(example)
         with _of_sample(index):
             ids, media = encode_headers(self.processor, conversation, self._media_tokens)
+            self._check_ids(ids)
         spans = [(medium.place, medium.tokens) for medium in media]
         return Outline(self._responses(ids, conversation, index), spans)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if bool((ids == self.config.mask_token_id).any()):
+            raise ValueError(f"its text holds the mask token (id {self.config.mask_token_id})")
 
     def _responses(self, ids: Tensor, conversation: Sequence[dict[str, Any]], index: int) -> list[tuple[int, int]]:
         spans = find_responses(ids, self.config.assistant_header_ids, self.config.end_ids)

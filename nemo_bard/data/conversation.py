@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.errors import short
+from nemo_bard.base.names import MASK_TOKEN
 from nemo_bard.data.media import SOURCE_KEYS, MediaSource, media_source
 from nemo_bard.data.sample import RejectedError
 
 ROLES = ("system", "user", "assistant")
-RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-"""Tokens that structure a conversation; inside a text they would move its turns or images."""
+RESERVED_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    MASK_TOKEN,
+)
+"""Tokens that structure a conversation, and the mask token; inside a text they would move its turns or images, or hide a
+token."""
 
 _PLACEHOLDER = re.compile(r"<(image|video)>")
 
@@ -112,7 +122,8 @@ def check_text(text: str, where: str) -> None:
         RejectedError: If not.
     """
     if found := next((token for token in RESERVED_TOKENS if token in text), None):
-        raise RejectedError("reserved_token", f"{where}: the text holds {found}, which the chat template reserves")
+        why = "the name of the mask token" if found == MASK_TOKEN else "which the chat template reserves"
+        raise RejectedError("reserved_token", f"{where}: the text holds {found}, {why}")
     check_encodable(text, where)
 
 

@@ -96,7 +96,9 @@ class CausalEngine:
         sees = column.unsqueeze(0) <= column.unsqueeze(1)
         sees[width:, width:] = True
         mask = sees & self._is_real(width + size)
-        mask |= torch.eye(width + size, dtype=torch.bool, device=self.device)  # padding sees itself, so that it is finite
+        mask |= torch.eye(
+            width + size, dtype=torch.bool, device=self.device
+        )  # padding sees itself, so that it is finite
         hidden = self._forward(ids, positions, column.expand(len(ids), -1), mask, **self.session.vision_arguments())
         return self._verdict(hidden[:, width - 1 :], 1, size)
 
@@ -220,9 +222,7 @@ class PlainCausalEngine:
         begin = torch.tensor([len(self.accepted[row]) for row in self.rows], device=self.device).unsqueeze(1)
         return logits[rows.unsqueeze(1), begin + torch.arange(len(behind[0]), device=self.device)]
 
-    def _forward(
-        self, ids: Tensor, positions: Tensor, query: TokenIds, keys: TokenIds, **vision: object
-    ) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, query: TokenIds, keys: TokenIds, **vision: object) -> Tensor:
         self.forwards += 1
         mask = attention_mask(query, keys, context_attention="causal").unsqueeze(1)
         return self.session.model(

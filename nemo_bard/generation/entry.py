@@ -162,6 +162,7 @@ def generate(
             max_new_tokens=settings.given.max_new_tokens,
             end_ids=list(settings.turn_end_ids),
             pad_token_id=settings.pad_token_id,
+            mask_token_id=settings.mask_token_id,
         )
         hooks = make_hooks(prompt.input_ids, logits_processor, stopping_criteria, streamer)
         try:

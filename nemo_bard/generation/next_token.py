@@ -79,9 +79,7 @@ class NextTokenDecoder:
         self.history: list[StepRecord] = []
         if self.settings.compile_step:
             name = self.given.remasking_strategy
-            say_once(
-                f"decoding goes step by step from the host, without CUDA graphs, for remasking_strategy={name}"
-            )
+            say_once(f"decoding goes step by step from the host, without CUDA graphs, for remasking_strategy={name}")
 
     def run(self) -> DecodeResult:
         """Decode the batch."""

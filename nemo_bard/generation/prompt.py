@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nemo_bard.base.names import MASK_TOKEN
 from nemo_bard.method.layout import CONTEXT, PADDING, TokenIds, context_block_ids, find_responses
 from nemo_bard.upstream.torch import to_device_without_waiting
 
@@ -56,6 +57,7 @@ def prepare_prompt(
     max_new_tokens: int,
     end_ids: list[int],
     pad_token_id: int = 0,
+    mask_token_id: int | None = None,
 ) -> Prompt:
     """Check and align prompts.
 
@@ -66,12 +68,13 @@ def prepare_prompt(
         max_new_tokens: For the check against the model's positions.
         end_ids: Ids that end an earlier assistant turn of the prompt.
         pad_token_id: Id put on the left; nothing attends to it.
+        mask_token_id: Id that no prompt may hold; the model's if None.
 
     Returns:
         The prompts on the model's device; grids stay on the CPU.
 
     Raises:
-        ValueError: For an empty or too long prompt, images without placeholders or the reverse, or missing tensors.
+        ValueError: For an empty or too long prompt, one with the mask token, images without placeholders or the reverse, or missing tensors.
     """
     config = model.config
     device = model.get_input_embeddings().weight.device
@@ -99,12 +102,18 @@ def prepare_prompt(
     }
     rows = [row[keep] for row, keep in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
     vocab_size = config.text_config.vocab_size
+    mask_token_id = config.mask_token_id if mask_token_id is None else mask_token_id
     for index, row in enumerate(rows):
         if row.numel() == 0:
             raise ValueError(f"row {index} of input_ids is empty")
         if int(row.min()) < 0 or int(row.max()) >= vocab_size:
             bad = row[(row < 0) | (row >= vocab_size)][0]
             raise ValueError(f"row {index} of input_ids holds {int(bad)}; ids must be 0 to {vocab_size - 1}")
+        if bool((row == mask_token_id).any()):
+            raise ValueError(
+                f"row {index} of input_ids holds the mask token (id {mask_token_id}), which stands for what is still to be"
+                f" decoded; take it (in a text {MASK_TOKEN}) out of the prompt"
+            )
     _check_vision(config, rows, vision)
 
     width = max(row.numel() for row in rows)

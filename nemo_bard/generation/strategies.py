@@ -156,7 +156,9 @@ class SelfSpeculative(NextTokenStrategy):
     that blocks are drafted behind several of its tokens: those at which the draft most likely ends.
     """
 
-    drafts: int = setting(4, integer(1), "blocks that a forward drafts, each behind another token of the draft that it verifies")
+    drafts: int = setting(
+        4, integer(1), "blocks that a forward drafts, each behind another token of the draft that it verifies"
+    )
 
     @property
     def num_drafts(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from nemo_bard.base.folders import read_model_type
 from nemo_bard.base.settings import choice, flag, integer, setting
+from nemo_bard.checkpoints.hub import check_hub_name, download
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.job import Job, Place, Stage
 from nemo_bard.pipeline.schema import FollowingSettings, StageSettings
@@ -48,7 +48,9 @@ class ConvertSettings(FollowingSettings):
     evaluate: bool = setting(False, flag(), "whether its export is scored")
     block_size: int | None = setting(None, integer(optional=True), "null: of the first training stage after it")
     context_attention: str | None = setting(
-        None, choice(("block", "causal"), optional=True), "attention among context blocks; null: model.context_attention"
+        None,
+        choice(("block", "causal"), optional=True),
+        "attention among context blocks; null: model.context_attention",
     )
 
 
@@ -126,27 +128,3 @@ def _first_block_size(place: Place) -> int:
         if (size := section.get("block_size")) is not None:
             return size
     raise ValueError(f"{place.where}.block_size must be set: no later stage has one")
-
-
-def check_hub_name(key: str, name: str) -> None:
-    """Refuse a name that is no folder, and cannot be or has not been downloaded from the Hugging Face Hub."""
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise ValueError(f"{key}={name} is neither a folder nor a Hugging Face name such as Qwen/Qwen3-VL-4B-Instruct")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        download(key, name)
-
-
-def download(key: str, name: str) -> Path:
-    """Return the folder of a checkpoint on the Hugging Face Hub, downloaded if it is not in the cache.
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{key}={name}: not in the Hugging Face cache and cannot be downloaded ({why})") from error

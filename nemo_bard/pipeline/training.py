@@ -17,6 +17,7 @@ from nemo_bard.pipeline.job import Stage
 from nemo_bard.pipeline.world import World
 from nemo_bard.report.run import duration
 from nemo_bard.train.recipe_file import load_config, load_recipe_class
+from nemo_bard.train.trackers import end_runs
 from nemo_bard.upstream import automodel
 from nemo_bard.upstream.torch import shield_workers, stop_workers
 
@@ -227,10 +228,7 @@ def teardown(recipe: Any) -> None:
         close = getattr(getattr(recipe, name, None), "close", None)
         if close is not None:
             close()
-    if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
-    if (mlflow := sys.modules.get("mlflow")) is not None and mlflow.active_run() is not None:
-        mlflow.end_run()
+    end_runs()
     recipe.__dict__.clear()
     gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():

@@ -21,6 +21,7 @@ from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective,
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 from nemo_bard.train.keys import COLLATOR, check_all_keys, collator_keys, is_our_collator
 from nemo_bard.train.settings import DistillationSettings, PackingSettings, RecipeSettings
+from nemo_bard.train.trackers import check_trackers
 
 BACKENDS = ("auto", "nccl", "gloo")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
@@ -63,6 +64,7 @@ def validate_recipe(raw: Mapping[str, Any], *, with_anchor: bool = False) -> Non
     _check_freeze(raw.get("freeze_config"))
     _check_peft(raw)
     _check_best_metric(raw, with_anchor)
+    check_trackers(raw)
 
 
 def _check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
@@ -258,6 +260,11 @@ def _check_collator(name: str, section: Mapping[str, Any]) -> None:
     collator = section.get("collate_fn")
     if not isinstance(collator, Mapping) or not collator.get("_target_"):
         raise ValueError(f"{name}.collate_fn must be a section with _target_, got {collator!r}")
+    if str(collator["_target_"]).startswith("nemo_automodel."):
+        raise ValueError(
+            f"{name}.collate_fn: {collator['_target_']} makes rows for predicting the next token; this recipe needs"
+            f" {COLLATOR}"
+        )
     if is_our_collator(collator["_target_"]):
         check_keys(f"{name}.collate_fn", collator, collator_keys())
 

@@ -34,6 +34,7 @@ from nemo_bard.method.losses import BlockDiffusionLoss
 from nemo_bard.method.objectives import JointObjective, Objective, PBMObjective, make_objective
 from nemo_bard.method.schedule import NoiseSchedule, NoiseSettings, ValidationNoise
 from nemo_bard.model.modeling import BardVLForConditionalGeneration
+from nemo_bard.train import trackers
 from nemo_bard.train.adapters import draw_adapters, export_merged
 from nemo_bard.train.bad_samples import BadSamples, without_checks
 from nemo_bard.train.config import REPLICAS_KEY, check_ar_loss, check_batch_sizes, replicas_of, validate_recipe
@@ -99,7 +100,16 @@ class PBMRecipe(ResumedTraining):
             without_checks(self.cfg)
         self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
         automodel.replace_loaders(self.cfg, self._opened_together)
+        folder = Path(self.cfg.get("checkpoint.checkpoint_dir", None) or "checkpoints")
+        trackers.go_on_in_the_same_run(self.cfg, folder)
+        with trackers.failures_told():
+            self._build(raw, folder)
+
+    def _build(self, raw: Mapping[str, Any], folder: Path) -> None:
+        """Let upstream build everything, and complete it."""
         super().setup()
+        if self.dist_env.is_main:
+            trackers.note_run(folder)
         self._check_built()
         self.dataloader.collate_fn = self._complete(self.dataloader.collate_fn, self.noise, packed=True)
         if self.val_dataloader is not None:
@@ -118,7 +128,8 @@ class PBMRecipe(ResumedTraining):
                 loader.pin_memory = _pins(raw.get(section) or {}, self.dist_env.device)
         self.num_random_ids = self._random_ids()
         self.num_dropped = 0
-        self.noise_of_run = NoiseOfRun(NoiseSchedule.from_dict(noise), is_main=self.dist_env.is_main)
+        schedule = NoiseSchedule.from_dict(_section(self.cfg, "noise") or {})
+        self.noise_of_run = NoiseOfRun(schedule, is_main=self.dist_env.is_main)
         self.objective = self._make_objective()
         if self.peft_config is not None:
             base = Path(self.cfg.get("model.pretrained_model_name_or_path"))
@@ -291,7 +302,7 @@ class PBMRecipe(ResumedTraining):
     def run_train_validation_loop(self) -> None:
         """Train; log lines pass above the progress bar."""
         try:
-            with logging_redirect_tqdm():
+            with logging_redirect_tqdm(), trackers.failures_told():
                 super().run_train_validation_loop()
         except ValueError as error:
             raise last_line_of_worker_error(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.utils.data import DataLoader
 from nemo_bard.method.corruption import corrupt_batch
 from nemo_bard.method.objectives import UNIT_TOTALS, StepTotals, add_up, count
 from nemo_bard.method.schedule import NoiseSettings, ValidationNoise
+from nemo_bard.train import trackers
 from nemo_bard.train.step import TrainingStep
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 0
 VALIDATION_STREAM = 1
@@ -43,9 +47,19 @@ class ValidatedTraining(TrainingStep):
         return MetricsSample(step=samples[0].step, epoch=samples[0].epoch, metrics=metrics)
 
     def log_val_metrics(self, log_data: MetricsSample) -> None:
-        """Log as upstream does, and keep the losses for the next checkpoint."""
+        """Log, and keep the losses for the next checkpoint.
+
+        Trackers get the counts as ``val_num_samples`` and so on: upstream sends them by the names that those of training
+        have, and in W&B what comes last at a step counts.
+        """
         self.validation_losses = {key: value for key, value in log_data.metrics.items() if key.startswith("val_")}
-        super().log_val_metrics(log_data)
+        if not self.dist_env.is_main:
+            return
+        trackers.send(log_data.metrics, log_data.step, prefix="val_")
+        self.metric_logger_valid.log(log_data)
+        shown = {name: f"{value:.4f}" for name, value in self.validation_losses.items()}
+        counts = f"{log_data.metrics['num_samples']} samples, {log_data.metrics['num_label_tokens']} tokens"
+        logger.info("[val] step %d: %s; %s", log_data.step, ", ".join(map(" ".join, shown.items())), counts)
 
     def save_checkpoint(
         self,

@@ -155,6 +155,13 @@ TOUCHED = (
         until="AutoModel's command line takes commands of other packages",
         parameters="",
     ),
+    _read(
+        "nemo_automodel.components.launcher.interactive.InteractiveLauncher.launch",
+        reason="wrapped by `cli.startup`: it needs a GPU, and looks for recipes beside its own package",
+        until="AutoModel's launcher runs without CUDA and starts workers by the name of a module",
+        parameters="self, config, config_path, recipe_target, launcher_config, extra_args",
+        source="script_path",
+    ),
     _cpu(
         "nemo_automodel._transformers.auto_model.apply_model_infrastructure",
         reason="places the model on cuda:0",

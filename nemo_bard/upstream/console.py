@@ -20,6 +20,7 @@ WARNINGS = (
 """Beginnings of Python warnings."""
 RECORDS = {
     "": ("save_consolidated=final but v4_compatible=False",),
+    "nemo_automodel.components.loggers.mlflow_utils": ("Skipping MLflow metric timestamp",),
     "torch.utils._pytree": ("<enum ",),  # torchao
     "torch.utils.cpp_extension": ("No CUDA runtime is found",),
     "transformers.configuration_utils": ("`torch_dtype` is deprecated",),  # NeMo AutoModel's key

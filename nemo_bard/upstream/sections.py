@@ -60,6 +60,15 @@ def section_keys() -> dict[str, dict[str, Any]]:
     }
 
 
+def wandb_keys() -> tuple[str, ...]:
+    """Keys of the section ``wandb``: what ``wandb.init`` takes, but for what AutoModel gives it; none without wandb."""
+    try:
+        taken = _parameters(_function(_tree("wandb.sdk.wandb_init"), "init"))
+    except (ModuleNotFoundError, ValueError):  # not installed, or a stand-in without a file
+        return ()
+    return ("enable", "extra", *(key for key in taken if key not in ("config", "settings")))
+
+
 def constructor_keys(module: str, name: str) -> tuple[str, ...]:
     """Parameters of a class's ``__init__``, the class not being imported."""
     return tuple(key for key in _parameters(_function(_class(module, name), "__init__")) if key != "self")

@@ -64,6 +64,11 @@ TOUCHED = (
     ),
     _hook(f"{_SCHEDULER}.DiffusionAsyncScheduler", reason="base of our scheduler with async scheduling"),
     _hook(
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks",
+        reason="with async scheduling vLLM puts the last block of an answer into the prefix cache, whose keys are those of a denoising step",
+        parameters="self, request, num_computed_tokens",
+    ),
+    _hook(
         f"{_STATE}.prepare_attn",
         reason="every block of a prompt chunk attends as a sequence of its own",
         parameters="self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,"
@@ -109,6 +114,12 @@ TOUCHED = (
         reason="a derived class takes its place as `http`: a picture that cannot be loaded is a 400",
         until="vLLM makes a 4xx of every picture that cannot be loaded",
         source='MEDIA_CONNECTOR_REGISTRY.register("http")',
+    ),
+    _read(
+        "vllm.multimodal.video.Qwen3VLVideoBackend.compute_frames_index_to_sample",
+        reason="chosen by its name `qwen3_vl`, with the checkpoint's least and most frames, so that files are sampled as generate does",
+        until="vLLM samples files as the checkpoint's video processor says",
+        source='max_frames = min(kwargs.get("max_frames", cls._MAX_FRAMES), cls._MAX_FRAMES)',
     ),
 )
 
@@ -191,7 +202,7 @@ def add_body_check(check: Callable[[Any], None], wanted: Callable[[Any], bool]) 
         check: Called with the parsed body; its exceptions are handled as the server handles those of its own checks.
         wanted: Whether a server needs it, by vLLM's model configuration.
     """
-    module = sys.modules.get(_APP)
+    module: Any = sys.modules.get(_APP)
     if module is None or hasattr(module.register_api_routers, "__wrapped__"):
         return
     from fastapi import Depends  # pyright: ignore[reportMissingImports]
@@ -223,3 +234,19 @@ def rehash(request: Any, hasher: Callable[[Any], list[Any]]) -> None:
         request._block_hasher = hasher
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+def keep_unfinished(manager: Any) -> None:
+    """Let a manager of vLLM's cache add nothing to the prefix cache for a request that has ended.
+
+    Args:
+        manager: ``KVCacheManager``; changed. With async scheduling vLLM caches pages when tokens arrive, those of the last block
+            too: their keys are those of a denoising step, and where the block was cut they have no hash, which ends the engine.
+    """
+    inner = manager.cache_blocks
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        if not request.is_finished():
+            inner(request, num_computed_tokens)
+
+    manager.cache_blocks = cache_blocks

@@ -107,7 +107,7 @@ def test_registering_again_changes_nothing():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from nemo_bard import BardVLConfig
-    from nemo_bard.upstream import transformers as _registration
+    from nemo_bard.upstream import registration as _registration
 
     finders = list(sys.meta_path)
     _registration.install()
@@ -121,7 +121,7 @@ def test_tables_that_are_loaded_already_are_filled_at_once(monkeypatch):
     """As when transformers was imported before this package."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    from nemo_bard.upstream import transformers as _registration
+    from nemo_bard.upstream import registration as _registration
 
     config, model = configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     for table, key in ((config._mapping, "bard_vl"), (model._model_mapping, "bard_vl")):

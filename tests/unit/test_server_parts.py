@@ -196,6 +196,44 @@ class TestCommand:
         assert "vllm.entrypoints.openai.api_server" in printed
         assert "s3cret" not in printed
 
+    @pytest.mark.parametrize(
+        ("words", "variable", "domains", "pixels"),
+        [
+            ([], None, "none.invalid", "16777216"),
+            (["--allow-urls", "--max-pixels", "1000"], "77", "*", "1000"),
+            (["--", "--allowed-media-domains", "a.example"], "77", "a.example", "77"),
+        ],
+    )
+    def test_vllm_gets_the_limits_of_pictures(
+        self, start, executed, capsys, monkeypatch, words, variable, domains, pixels
+    ):
+        monkeypatch.delenv("VLLM_MAX_IMAGE_PIXELS", raising=False)
+        if variable:
+            monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", variable)
+        cli.main(["serve", str(start), *words])
+        (_, command, environment) = executed[0]
+        assert command.count("--allowed-media-domains") == 1
+        assert command[command.index("--allowed-media-domains") + 1] == domains
+        assert environment["VLLM_MAX_IMAGE_PIXELS"] == pixels
+        assert f"VLLM_MAX_IMAGE_PIXELS={pixels} " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("max-images", "3"),
+            ("max-tokens", "3"),
+            ("max-prompt-tokens", "3"),
+            ("max-body", "3"),
+            ("stall-seconds", "3"),
+            ("grace-seconds", "3"),
+            ("device", "cpu"),
+        ],
+    )
+    def test_vllm_does_not_ignore_what_it_lacks(self, start, executed, capsys, name, value):
+        assert cli.main(["serve", str(start), f"--{name}", value]) == 2
+        assert f"--{name} is of the local server" in capsys.readouterr().err
+        assert not executed
+
     def test_what_only_one_of_the_servers_has_is_refused(self, start, executed, capsys):
         assert cli.main(["serve", str(start), "--max-queue", "3"]) == 2
         assert "--max-queue is of the local server" in capsys.readouterr().err

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemo_bard.upstream import automodel, card
+from nemo_bard.upstream import automodel, card, registration
 from nemo_bard.upstream import torch as torch_room
 from nemo_bard.upstream import transformers as transformers_room
 from nemo_bard.upstream.touched import Touched, parameters_of, what_moved
 
-TABLES = (automodel.TOUCHED, card.TOUCHED, transformers_room.TOUCHED, torch_room.TOUCHED)
+TABLES = (automodel.TOUCHED, card.TOUCHED, registration.TOUCHED, transformers_room.TOUCHED, torch_room.TOUCHED)
 DISTRIBUTIONS = ("nemo-automodel", "transformers", "torch", "torchdata", "qwen-vl-utils")
 ROWS = [row for table in TABLES for row in table]
 

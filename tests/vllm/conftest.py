@@ -16,13 +16,13 @@ LIMIT_S = 600
 
 
 def process_environment(folder):
-    """Environment of a process with vLLM: this checkout, with an entry point of its own where it is not installed."""
+    """Environment of a process with vLLM: this checkout's, with an entry point of its own where it is not installed."""
     info = folder / "nemo_bard-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nemo-bard\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbard_vl = nemo_bard.serving.vllm:register\n")
     given = served.environment()
-    path = os.pathsep.join([str(ROOT), given["PYTHONPATH"], str(folder)])
+    path = os.pathsep.join([given["PYTHONPATH"], str(folder)])
     return {**given, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "WARNING"}
 
 

@@ -25,6 +25,7 @@ def force_async():
 
 
 def request(case, folder):
+    import videos
     from PIL import Image
     from vllm import SamplingParams
 
@@ -37,8 +38,12 @@ def request(case, folder):
         extra_args=settings or None,
     )
     prompt = {"prompt": case["prompt"]} if case["prompt"] else {"prompt_token_ids": case["prompt_ids"]}
-    if case["images"]:
-        prompt["multi_modal_data"] = {"image": [Image.open(folder / f"{i}.png").convert("RGB") for i in case["images"]]}
+    media = {
+        "image": [Image.open(folder / f"{number}.png").convert("RGB") for number in case["images"]],
+        "video": [videos.load_read(folder, number) for number in case["videos"]],
+    }
+    if found := {kind: items for kind, items in media.items() if items}:
+        prompt["multi_modal_data"] = found
     return prompt, params
 
 
@@ -61,7 +66,7 @@ def main():
             "max_model_len": 1024,
             "max_num_seqs": 8,
             "max_num_batched_tokens": 1024,
-            "limit_mm_per_prompt": {"image": 2, "video": 0},
+            "limit_mm_per_prompt": {"image": 2, "video": 2},
             "enable_prefix_caching": False,
             **arguments,
         },

@@ -1,6 +1,6 @@
 """What ``model.generate`` answers, for the tests of the vLLM plugin to compare with; runs where nemo_automodel is.
 
-``python tests/vllm/make_reference.py CHECKPOINT OUT [--causal]`` writes images and ``reference.json`` into OUT; with
+``python tests/vllm/make_reference.py CHECKPOINT OUT [--causal]`` writes images, clips and ``reference.json`` into OUT; with
 ``--causal`` also a copy of the checkpoint whose context is causal, as OUT/checkpoint.
 """
 
@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 import torch
+import videos
+from videos import Video
 
 from nemo_bard.data.digits import make_digits
 from nemo_bard.data.encode import encode_prompts
@@ -38,11 +40,13 @@ SETTINGS = {
 
 
 def user(*parts):
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part[0]}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
+    return {"role": "user", "content": [typed(part) for part in parts]}
+
+
+def typed(part):
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video", "video": part.number} if isinstance(part, Video) else {"type": "image", "image": part[0]}
 
 
 def assistant(text):
@@ -61,15 +65,31 @@ def grown(samples, ask):
         )
 
 
+def with_videos(samples, ask):
+    """Clips alone, beside an image and in conversations that go on from the model's own answers."""
+    settings, question = {"confidence_threshold": 0.9}, samples[0]["question"]
+    for number in range(len(videos.CLIPS)):
+        ask("video", [user(Video(number), question)], settings)
+    ask("video", [user(Video(0), question)], SETTINGS["drawn_filtered"])
+    for number in range(videos.SHORT):
+        parts = [Video(number), (number,)]
+        ask("video_and_image", [user(*parts[:: 1 - number % 2 * 2], question)], settings)
+    for number in range(0, videos.SHORT, 2):
+        turns = [user(Video(number), "Read the digits. " * number + question)]
+        first = ask("video_first", turns, {**settings, "max_new_tokens": 24 + 4 * number})
+        ask("video_turns", [*turns, assistant(first["text"]), user(Video(number + 1), question)], settings)
+
+
 def raw(model):
     """Prompts without turns: blocks are counted from the start, and from the end of the prompt on. Ids only."""
     ids = torch.arange(3, 131) % 500
-    for length in (45, 64, 71):
-        settings = {"max_new_tokens": 48, "confidence_threshold": 0.9}
+    # The answers of the last two end where a page of 32 does: with their last block, and within it.
+    for length, most, more in ((45, 48, 0), (64, 48, 0), (71, 48, 0), (48, 48, 5), (51, 45, 5)):
+        settings = {"max_new_tokens": most, "confidence_threshold": 0.9}
         first = ids_of(model.generate({"input_ids": ids[None, :length]}, eos_token_id=-1, **settings))
-        longer = [*ids[:length].tolist(), *first]
+        longer = [*ids[:length].tolist(), *first, *ids[:more].tolist()]
         then = ids_of(model.generate({"input_ids": torch.tensor([longer])}, eos_token_id=-1, **settings))
-        common = {"prompt": None, "images": [], "settings": {**settings, "ignore_eos": True}}
+        common = {"prompt": None, "images": [], "videos": [], "settings": {**settings, "ignore_eos": True}}
         yield {"name": "raw", "prompt_ids": ids[:length].tolist(), "ids": first, **common}
         yield {"name": "raw_grown", "prompt_ids": longer, "ids": then, **common}
 
@@ -79,7 +99,7 @@ def ids_of(sequences):
 
 
 def conversations(samples):
-    """Name, turns and settings of every case; an image is a tuple that holds its number."""
+    """Name, turns and settings of cases; an image is a tuple that holds its number."""
     for index, sample in enumerate(samples):
         yield "image", [user((index,), sample["question"])], {"confidence_threshold": 0.9}
     for index in range(0, 8, 2):
@@ -99,32 +119,31 @@ def conversations(samples):
         yield "long", [user((index,), LONG + samples[index]["question"])], {"confidence_threshold": 0.9}
 
 
-def answer(model, processor, images, turns, settings):
+def answer(model, processor, media, turns, settings):
     """The record of a case."""
-    filled = [
-        {
-            **turn,
-            "content": [
-                {"type": "image", "image": images[part["image"]]} if "image" in part else part
-                for part in turn["content"]
-            ],
-        }
-        for turn in turns
-    ]
+    parts = [part for turn in turns for part in turn["content"]]
+    filled = [{**turn, "content": [fill(part, media) for part in turn["content"]]} for turn in turns]
     batch = encode_prompts(processor, [filled])
     given = {"max_new_tokens": 64, **settings}
     seed = given.pop("seed", None)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     found = model.generate(batch, **given, generator=generator, return_dict_in_generate=True)
     return {
-        "prompt": processor.apply_chat_template(filled, tokenize=False, add_generation_prompt=True),
-        "images": [part["image"] for turn in turns for part in turn["content"] if "image" in part],
+        "prompt": processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True),
+        "images": [part["image"] for part in parts if "image" in part],
+        "videos": [part["video"] for part in parts if "video" in part],
         "settings": settings,
         "prompt_ids": batch["input_ids"][0].tolist(),
         "ids": found.sequences[0, : int(found.lengths[0])].tolist(),
         "text": processor.decode(found.sequences[0, : int(found.lengths[0])], skip_special_tokens=True),
         "steps": found.block_step_counts[0].tolist(),
     }
+
+
+def fill(part, media):
+    """A typed part with the image or the file in the place of its number."""
+    kind = part["type"]
+    return part if kind == "text" else {"type": kind, kind: media[kind][part[kind]]}
 
 
 def causal_copy(checkpoint, folder):
@@ -154,15 +173,20 @@ def main():
         images.append(image["image"].convert("RGB"))
         samples.append({"question": text["text"], "answer": data[index]["answer"]})
     model, processor = load_checkpoint(checkpoint, device="cpu")
+    clips = videos.write_clips(args.out, images)
+    for clip in clips:
+        videos.save_read(clip, processor.video_processor)
+    media = {"image": images, "video": [str(clip) for clip in clips]}
     cases = []
 
     def ask(name, turns, settings):
-        cases.append({"name": name, **answer(model, processor, images, turns, settings)})
+        cases.append({"name": name, **answer(model, processor, media, turns, settings)})
         return cases[-1]
 
     for case in conversations(samples):
         ask(*case)
     grown(samples, ask)
+    with_videos(samples, ask)
     cases.extend(raw(model))
     reference = {"checkpoint": str(checkpoint.resolve()), "block_size": model.config.block_size, "cases": cases}
     (args.out / "reference.json").write_text(json.dumps(reference))

@@ -42,7 +42,7 @@ def vllm_python() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of processes of that environment; the shims are for a machine without a GPU."""
+    """Of processes of that environment, with this checkout; the shims are for a machine without a GPU."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(SHIMS)]),
@@ -73,10 +73,8 @@ def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
     Every sixth question is long enough to fill a block of vLLM's cache. Every second answer is drawn with a seed of its
     own, so that it is one that nobody else has, however little the model has learned.
     """
-    import torch
 
     from nemo_bard.data.digits import make_digits
-    from nemo_bard.data.encode import encode_prompts
     from nemo_bard.evaluation.responder import load_checkpoint
 
     model, processor = load_checkpoint(checkpoint, device="cpu")
@@ -86,21 +84,52 @@ def references(checkpoint: Path, count: int) -> list[dict[str, Any]]:
         picture["image"].save(stream := io.BytesIO(), "png")
         text = question["text"] if index % 6 else LONG + question["text"]
         turn = {"role": "user", "content": [picture, {"type": "text", "text": text}]}
-        batch = encode_prompts(processor, [[turn]])
         asked = {"temperature": 1.0, "seed": index} if index % 2 else {}
-        drawn = {"temperature": 1.0, "generator": torch.Generator().manual_seed(index)} if asked else {}
-        out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, **drawn, return_dict_in_generate=True)
-        ids = out.sequences[0, : int(out.lengths[0])].tolist()
         found.append(
             {
-                "url": "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(),
+                "url": data_url("image/png", stream.getvalue()),
                 "question": text,
                 "sampling": asked,
-                "ids": ids,
-                "text": processor.tokenizer.decode(ids, skip_special_tokens=True),
+                **answer(model, processor, turn, **asked),
             }
         )
     return found
+
+
+def clip_references(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
+    """As ``references``, for the files of ``videos.CLIPS``, which are written into a folder."""
+    import videos
+
+    from nemo_bard.data.digits import make_digits
+    from nemo_bard.evaluation.responder import load_checkpoint
+
+    model, processor = load_checkpoint(checkpoint, device="cpu")
+    parts = [row["conversation"][0]["content"] for row in make_digits("test", 12, rows=4, columns=4)]
+    question, found = parts[0][1]["text"], []
+    for path in videos.write_clips(folder, [picture["image"].convert("RGB") for picture, _ in parts]):
+        turn = {"role": "user", "content": [{"type": "video", "video": str(path)}, {"type": "text", "text": question}]}
+        url = data_url("video/mp4", path.read_bytes())
+        found.append({"url": url, "question": question, **answer(model, processor, turn)})
+    return found
+
+
+def data_url(mime: str, data: bytes) -> str:
+    """A data URL."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def answer(model: Any, processor: Any, turn: dict[str, Any], *, seed: int | None = None, **more: Any) -> dict[str, Any]:
+    """The ids and the text that ``model.generate`` answers to a turn, and the ids of the prompt."""
+    import torch
+
+    from nemo_bard.data.encode import encode_prompts
+
+    batch = encode_prompts(processor, [[turn]])
+    drawn = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
+    out = model.generate(batch, max_new_tokens=MAX_TOKENS, **SETTINGS, **more, **drawn, return_dict_in_generate=True)
+    ids = out.sequences[0, : int(out.lengths[0])].tolist()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+    return {"ids": ids, "text": text, "prompt_ids": batch["input_ids"][0].tolist()}
 
 
 @contextmanager
@@ -112,7 +141,7 @@ def serving(python: str, checkpoint: Path, log: Path, *arguments: str) -> Iterat
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--served-model-name", "bard"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "1024", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024"]
-    words += ["--limit-mm-per-prompt", json.dumps({"image": 2, "video": 0}), *arguments]
+    words += ["--limit-mm-per-prompt", json.dumps({"image": 2, "video": 1}), *arguments]
     with log.open("w") as stream:
         process = subprocess.Popen(
             [python, *words], stdout=stream, stderr=stream, env=environment(), cwd=log.parent, start_new_session=True

@@ -20,9 +20,9 @@ def check(cases, answers):
 
 @pytest.mark.parametrize(("block_size", "causal"), [(8, False), (32, False), (8, True)])
 def test_every_setting_at_once(reference, drive, block_size, causal):
-    """24 images, several images and turns, text only, every strategy, draws and revision, in batches of 8."""
+    """24 images, several images and turns, clips, text only, every strategy, draws and revision, in batches of 8."""
     [(cases, answers)], metrics = drive(reference(block_size, causal), disable_log_stats=False)
-    assert len({case["name"] for case in cases}) == 20
+    assert len({case["name"] for case in cases}) == 24
     check(cases, answers)
     blocks = sum(-(-len(answer["ids"]) // block_size) for answer in answers)
     # One commit for each block that another one follows, none for the last.
@@ -41,7 +41,7 @@ def test_prefix_cache_with_small_steps(reference, drive, block_size, causal, mor
     """A second round reads the cache; so do conversations that go on, and prompts that go on within a block."""
     rounds, metrics = drive(
         reference(block_size, causal),
-        rounds=[["first", "raw"], ["grown", "raw_grown"], None],
+        rounds=[["first", "raw", "video_first"], ["grown", "raw_grown", "video_turns"], None],
         enable_prefix_caching=True,
         block_size=32,
         disable_log_stats=False,
@@ -49,7 +49,9 @@ def test_prefix_cache_with_small_steps(reference, drive, block_size, causal, mor
     )
     for cases, answers in rounds:
         check(cases, answers)
-    for name in () if "num_gpu_blocks_override" in more else ("grown", "raw_grown"):  # few pages are soon others'
+    for name in (
+        () if "num_gpu_blocks_override" in more else ("grown", "raw_grown", "video_turns")
+    ):  # few pages are soon others'
         cached = [answer["cached"] for case, answer in zip(*rounds[1], strict=True) if case["name"] == name]
         assert sum(cached) > 0, name
     if "num_gpu_blocks_override" in more:

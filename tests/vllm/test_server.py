@@ -3,6 +3,7 @@
 Run by this environment's Python; vLLM runs in one of its own (``make test-vllm``).
 """
 
+import base64
 import json
 import random
 import subprocess
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import fuzz
 import pytest
 import served
+import videos
 from fuzz_cases import PICTURES, REFUSED, UNSUPPORTED, Case, body, bomb, dump, not_json, picture, url
 
 pytestmark = pytest.mark.vllm
@@ -44,8 +46,11 @@ def stage(request, run, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(served.references, checkpoint, COUNT)  # while the server starts
+        clips = pool.submit(served.clip_references, checkpoint, tmp_path_factory.mktemp("clips"))
         with served.serving(served.vllm_python(), checkpoint, log) as url:
-            yield fuzz.Server(url, 120), answers.result()
+            server = fuzz.Server(url, 120)
+            server.clips = clips.result()
+            yield server, answers.result()
 
 
 def asked(answer, **more):
@@ -73,6 +78,55 @@ def test_ids_are_those_of_generate_whoever_else_asks(stage):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda answer: ids_of(server, answer)[0], answers))
     assert found == [answer["ids"] for answer in answers]
+
+
+def of_video(answer):
+    """The content of a message with a clip."""
+    clip = {"type": "video_url", "video_url": {"url": answer["url"]}}
+    return [{"role": "user", "content": [clip, {"type": "text", "text": answer["question"]}]}]
+
+
+def test_a_file_of_a_video_gives_the_ids_of_generate(stage):
+    """The same frames at the same times, though another library decodes them here; whoever else asks."""
+    server, answers = stage
+    asks = [(clip, {"messages": of_video(clip)}) for clip in server.clips] + [(answer, {}) for answer in answers[:3]]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda ask: ids_of(server, ask[0], **ask[1]), asks))
+    for number, ((expected, _), (ids, whole)) in enumerate(zip(asks, found, strict=True)):
+        assert whole["prompt_token_ids"] == expected["prompt_ids"], number
+        assert ids == expected["ids"], number
+    assert len({tuple(clip["ids"]) for clip in server.clips}) > len(server.clips) // 2
+
+
+WRONG_VIDEOS = {
+    "no base64": lambda data: "data:video/mp4;base64,!!!",
+    "nothing": lambda data: served.data_url("video/mp4", b""),
+    "no video": lambda data: served.data_url("video/mp4", b"digits" * 100),
+    "cut": lambda data: served.data_url("video/mp4", data[: len(data) // 2]),
+    "a picture": lambda data: served.data_url("video/mp4", picture(0)),
+    "one frame": lambda data: served.data_url("video/mp4", videos.encoded(1)),
+    "a type that is none": lambda data: served.data_url("video/jpeg", data),
+    "a file of the server": lambda data: "file:///etc/passwd",
+    "an address that does not answer": lambda data: "http://127.0.0.1:9/a.mp4",
+}
+
+
+def test_wrong_videos_are_refused_in_one_line(stage):
+    server, answers = stage
+    clip = server.clips[0]
+    data = base64.b64decode(clip["url"].partition(",")[2])
+    for name, make in WRONG_VIDEOS.items():
+        status, found = server.send(
+            Case("video", dump(asked(clip, messages=of_video({**clip, "url": make(data)}))), REFUSED)
+        )
+        assert 400 <= status < 500, (name, status, found[:500])
+        message = json.loads(found)["error"]["message"]
+        assert message, name
+        assert "\n" not in message, (name, message)
+    two = of_video(clip)
+    two[0]["content"] *= 2
+    assert server.send(Case("video", dump(asked(clip, messages=two)), REFUSED))[0] == 400
+    assert ids_of(server, clip, messages=of_video(clip))[0] == clip["ids"]
 
 
 def test_ids_from_the_prefix_cache(stage):
@@ -135,9 +189,9 @@ def test_wrong_requests_are_refused_and_the_engine_lives(stage):
     source = random.Random(0)
     wrong = [Case("settings", dump(asked(answers[0], vllm_xargs=given)), REFUSED) for given in WRONG_SETTINGS]
     wrong += [Case("unsupported", dump(asked(answers[0]) | given), REFUSED) for given in UNSUPPORTED]
-    for image, expected in PICTURES:
+    for medium, expected in PICTURES:
         if expected == REFUSED:
-            found = image(source) if callable(image) else image
+            found = medium(source) if callable(medium) else medium
             wrong.append(Case("picture", dump(body("bard", image=found)), REFUSED))
     wrong += [not_json("bard", source, 8) for _ in range(12)]
     wrong.append(Case("large", dump(body("bard", text="digits " * 1_400_000)), REFUSED))

@@ -9,18 +9,25 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the parser of ``convert``."""
-    text = "Make a BARD start point from a Qwen3-VL folder. Weights are hard-linked where possible, else copied."
+    text = "Make a BARD start point from a Qwen3-VL or Bard-VL checkpoint. Weights are hard-linked where possible, else copied."
     parser = subparsers.add_parser("convert", help="make a BARD start point from a Qwen3-VL folder", description=text)
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a Qwen3-VL checkpoint (safetensors)")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder of a Qwen3-VL, Bard-VL or BARD checkpoint (safetensors), or its Hugging Face name: ORG/NAME[@REVISION]",
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument("--block-size", type=int, default=4, help="tokens denoised together (default: 4)")
+    parser.add_argument(
+        "--block-size", type=int, help="tokens denoised together (default: 4; of a Bard-VL checkpoint its own)"
+    )
     parser.add_argument(
         "--mask-token-id",
         type=int,
-        help="row of the embedding that becomes [MASK] (default: 151671, or the first free)",
+        help="row of the embedding that becomes the mask token (default: 151671, or the first free)",
     )
     parser.add_argument(
-        "--context-attention", default="block", help="how prompt and finished blocks attend: block (default) or causal"
+        "--context-attention",
+        help="how prompt and finished blocks attend: block or causal (default: block; of a Bard-VL checkpoint its own)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a BARD checkpoint")
     return parser

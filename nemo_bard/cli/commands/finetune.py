@@ -15,22 +15,54 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_bard.base.errors import USER_ERRORS
 from nemo_bard.base.paths import find_recipe
 from nemo_bard.launch.exits import under_torchrun
 from nemo_bard.launch.torchrun import count_processes, run_torchrun
+from nemo_bard.train.beside import check_beside
 from nemo_bard.train.recipe_file import (
     load_config,
     load_raw_config,
     load_recipe_class,
     parse_overrides,
+    read_yaml,
     report_unexpected_only,
 )
 from nemo_bard.upstream.console import hush
 
 ACCEPTS_OVERRIDES = True
+
+
+def take_over(config: Any, config_path: Path, processes: int | None, words: Sequence[str]) -> int | None:
+    """Run a recipe of ours that NeMo AutoModel's own command line was asked to run.
+
+    Args:
+        config: What AutoModel has read of it.
+        config_path: The file.
+        processes: ``--nproc-per-node``, if that was given.
+        words: What else followed the file.
+
+    Returns:
+        The exit code; None for a recipe of anybody else, which AutoModel has to run, and which names nothing of ours
+        that would do something else there.
+
+    Raises:
+        ValueError: For wrong input.
+    """
+    recipe_class = load_recipe_class(config_path, read_yaml(config_path))
+    if not is_own(recipe_class):
+        check_beside(config.to_yaml_dict(use_orig_values=True), recipe_class)
+        return None
+    return run(argparse.Namespace(config=str(config_path), nproc_per_node=processes, overrides=list(words)))
+
+
+def is_own(recipe_class: type) -> bool:
+    """Whether a recipe has the hooks of this command."""
+    return any(hasattr(recipe_class, name) for name in ("validate_config", "parses_overrides"))
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -70,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         raw = load_raw_config(config_path, pairs)
         if hasattr(recipe_class, "validate_config"):
             recipe_class.validate_config(raw)
+        else:
+            check_beside(raw, recipe_class)
     if under_torchrun():
         started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if args.nproc_per_node not in (None, started):

@@ -2,8 +2,8 @@
 
 vLLM calls ``register`` in every process (entry point ``vllm.general_plugins``). ``config`` is what a model asks of the
 engine, ``checks`` what a request may ask, ``scheduler`` and ``edges`` make chunks of a prompt end where blocks end,
-``state`` is the attention of a batch, ``sampler`` denoises, ``rules`` are the settings of requests, ``media`` loads pictures,
-``server`` and ``shapes`` guard vLLM's server.
+``state`` is the attention of a batch, ``sampler`` denoises, ``rules`` are the settings of requests, ``media`` loads
+pictures and videos, ``frames`` says which frames of a video, ``server`` and ``shapes`` guard vLLM's server.
 """
 
 from __future__ import annotations

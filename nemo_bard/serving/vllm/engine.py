@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig  # pyright: 
 
 from nemo_bard.serving.vllm.checks import check_room
 from nemo_bard.serving.vllm.config import fill_defaults
+from nemo_bard.serving.vllm.frames import fill_sampling
 
 SCHEDULER = "nemo_bard.serving.vllm.scheduler.make_scheduler"
 
@@ -19,7 +20,7 @@ class EngineSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Check the checkpoint's configuration and read its decode settings."""
+        """Check the checkpoint's configuration, read its decode settings and which frames it takes of a video."""
         hf_config = model_config.hf_config
         for name in ("block_size", "mask_token_id"):
             if getattr(hf_config, name) is None:
@@ -28,6 +29,7 @@ class EngineSettings(VerifyAndUpdateConfig):
                     f" --hf-overrides '{{\"{name}\": N}}'"
                 )
         fill_defaults(model_config)
+        fill_sampling(model_config)
         given = hf_config.served_defaults["block_size"]
         if given not in (None, hf_config.block_size):
             raise ValueError(

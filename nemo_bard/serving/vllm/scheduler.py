@@ -9,7 +9,7 @@ from vllm.v1.core.sched.diffusion_scheduler import DiffusionAsyncScheduler  # py
 
 from nemo_bard.serving.vllm.edges import keep_edges
 from nemo_bard.serving.vllm.hashing import BlockHasher
-from nemo_bard.upstream.vllm import rehash
+from nemo_bard.upstream.vllm import keep_unfinished, rehash
 from nemo_bard.upstream.vllm_scheduler import ChunkingScheduler
 
 
@@ -24,6 +24,7 @@ class WholeBlocks(ChunkingScheduler):
             **kwargs: What vLLM gives to a scheduler.
         """
         super().__init__(vllm_config, **kwargs)
+        keep_unfinished(self.kv_cache_manager)  # the last block of an answer is not committed
         self.hf_config = vllm_config.model_config.hf_config
         self.is_block_context = self.hf_config.context_attention == "block"
         self.hasher = BlockHasher(

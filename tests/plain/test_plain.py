@@ -1,0 +1,49 @@
+"""Checkpoint folders that bring their own code, in an environment with transformers and torch alone (``make test-plain``)."""
+
+import os
+import shutil
+from pathlib import Path
+
+import plain_cases
+import pytest
+
+from nemo_bard.checkpoints import self_contained
+
+pytestmark = pytest.mark.plain
+ROOT = Path(__file__).resolve().parents[2]
+SHIMS = ROOT / "tests" / "vllm" / "cpu_shims"
+STAGES = ("pbm_b4", "pbm_b8", "pbm_b32", "swd_b32")
+"""Of a ``bard_tiny`` run that ``PLAIN_RUN`` names."""
+
+
+@pytest.fixture(scope="module")
+def python():
+    """The interpreter of the environment; skips the tests where there is none."""
+    path = os.environ.get("PLAIN_PYTHON") or str(ROOT / ".venv-plain/bin/python")
+    if not Path(path).is_file():
+        pytest.skip(f"no plain environment: {path} is not there (make venv-plain, or PLAIN_PYTHON=...)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(start):
+    """Folders by name: random weights, and what was trained in the run named by ``PLAIN_RUN``."""
+    run = os.environ.get("PLAIN_RUN")
+    trained = {name: Path(run) / name / "export" for name in STAGES} if run else {}
+    return {"random": start} | {name: folder for name, folder in trained.items() if folder.is_dir()}
+
+
+def test_same_answers(python, checkpoints, tmp_path):
+    asked = plain_cases.cases()
+    for name, checkpoint in checkpoints.items():
+        folder = tmp_path / name / "my model v1.0"
+        shutil.copytree(checkpoint, folder)
+        self_contained.write_code(folder)
+        # torchvision of the package index is built for CUDA, torch of that environment is not: see the shims
+        found = plain_cases.ask(
+            python, folder, asked, tmp_path / name, environment={"PYTHONPATH": str(SHIMS), "TRITON_INTERPRET": "1"}
+        )
+        wanted = plain_cases.expected(folder, asked)
+        assert plain_cases.differing(asked, found["answers"], wanted) == [], name
+        assert found["again"] == wanted[0]
+        assert not set(found["modules"]) & {"nemo_bard", "nemo_automodel", "hydra", "omegaconf"}

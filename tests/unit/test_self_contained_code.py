@@ -1,0 +1,130 @@
+"""The code that folders bring along: what it is made of, and how it is rewritten."""
+
+import ast
+import re
+import sys
+
+import pytest
+
+from nemo_bard.checkpoints import self_contained
+from nemo_bard.checkpoints.self_contained import Source, closure, code, outside, read, rewrite, write_code
+
+MODULES = {
+    "base": "errors registry settings",
+    "cost": "count",
+    "generation": "capture decode engines entry graph kernels parameters prefix products prompt prompt_prefix resolve runner"
+    " sampling session settings steps strategies text",
+    "method": "chunked layout",
+    "model": "attention bard configuration lean sequences vision",
+    "upstream": "qwen3_vl torch touched transformers views",
+}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return code()
+
+
+def test_what_it_is_made_of():
+    """A new module here is carried by every folder: is it needed for loading or decoding?"""
+    assert list(closure()) == [f"nemo_bard.{room}.{name}" for room, names in MODULES.items() for name in names.split()]
+
+
+def test_it_needs_torch_and_transformers_alone():
+    assert outside(closure()) - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_no_import_of_the_package_is_left(files):
+    for name, text in files.items():
+        tree = ast.parse(text, name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert not str(node.module).startswith("nemo_bard"), name
+                if node.level:
+                    assert f"{node.module}.py" in files, name
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("nemo_bard") for alias in node.names), name
+
+
+def test_transformers_finds_all_files_from_each_entry(files, tmp_path):
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = get_relative_import_files(tmp_path / "modeling_bard_vl.py")
+    assert {path.rpartition("/")[2] for path in found} | {"modeling_bard_vl.py"} == set(files)
+
+
+def test_every_file_says_where_it_is_from(files):
+    for name, text in files.items():
+        first, second, _ = text.split("\n", 2)
+        assert re.fullmatch(r"# Generated from nemo_bard\.[\w.]+ of nemo_bard \d[\w.]*; do not edit\.", first), name
+        assert second == "# SPDX-License-Identifier: Apache-2.0", name
+
+
+def test_no_file_hides_a_package(files):
+    """A Python that starts in the folder finds ``torch.py`` there before torch."""
+    names = {name.removesuffix(".py") for name in files}
+    assert all(name.startswith("bard_vl_") or name.endswith("_bard_vl") for name in names)
+
+
+def parsed(text):
+    tree = ast.parse(text)
+    return Source("nemo_bard.room.one", text, tree, frozenset(self_contained._for_type_checkers(tree)))
+
+
+def test_rewriting_changes_imports_and_names_alone():
+    text = '''"""Ümläuts before what is rewritten: ``nemo_bard.room.two.Thing``."""
+from typing import TYPE_CHECKING
+from nemo_bard.room.two import (
+    Thing,  # kept
+)
+if TYPE_CHECKING:
+    from nemo_bard.room.heavy import Other
+NAMES = {"ü": "nemo_bard.room.two.Thing", "group": "nemo_bard.things"}
+
+def late():
+    from nemo_bard.room.two import Thing as Two; return Two
+'''
+    wanted = '''"""Ümläuts before what is rewritten: ``nemo_bard.room.two.Thing``."""
+from typing import TYPE_CHECKING
+from .bard_vl_room_two import (
+    Thing,  # kept
+)
+NAMES = {"ü": f"{__package__}.bard_vl_room_two.Thing", "group": "nemo_bard.things"}
+
+def late():
+    from .bard_vl_room_two import Thing as Two; return Two
+'''
+    made = rewrite(parsed(text), frozenset({"nemo_bard.room.one", "nemo_bard.room.two"}))
+    assert made.split("\n", 2)[2] == wanted
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import nemo_bard.room.two", "from nemo_bard.room import two", "from nemo_bard import x", "from . import x"],
+)
+def test_imports_that_cannot_be_rewritten_are_refused(line):
+    with pytest.raises(ValueError, match=r"nemo_bard\.room\.one:1: .*from nemo_bard\.room\.module import name"):
+        rewrite(parsed(line), frozenset())
+
+
+def test_a_package_is_no_module():
+    with pytest.raises(ValueError, match=r"nemo_bard\.generation is no module"):
+        read("nemo_bard.generation")
+
+
+def test_another_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'qwen3_vl', allowed is bard_vl"):
+        write_code(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_writing_twice_is_writing_once(start, tmp_path):
+    (tmp_path / "config.json").write_text((start / "config.json").read_text())
+    names = write_code(tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert write_code(tmp_path) == names
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    assert set(first) == {*names, "config.json"}
