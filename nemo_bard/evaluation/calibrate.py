@@ -165,7 +165,8 @@ def make_grid(
         BardGenerationConfig(block_size=size)
         for strategy in strategies:
             swept = swept_values(strategy, values)
-            for count in steps if steps is not None else _default_steps(size, halves=not swept):
+            halves = not swept and not STRATEGIES.get(strategy).by_next_token
+            for count in steps if steps is not None else _default_steps(size, halves=halves):
                 for point in product(*swept.values()):
                     parameters = tuple(zip(swept, point, strict=True))
                     BardGenerationConfig(denoising_steps=count, remasking_strategy=strategy, **dict(parameters))

@@ -12,7 +12,7 @@ does. Rows accept different numbers of tokens and so have cursors of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from transformers.cache_utils import DynamicCache
 from nemo_bard.generation.prefix import NAME as PREFIX_ATTENTION
 from nemo_bard.generation.prefix import Prefix, PrefixCache
 from nemo_bard.generation.products import TURNED
+from nemo_bard.generation.strategies import NextTokenStrategy
 from nemo_bard.method.layout import CONTEXT, NOISY, PADDING, TokenIds, attention_mask
 
 if TYPE_CHECKING:
+    from nemo_bard.generation.resolve import DecodeSettings
     from nemo_bard.generation.session import Session
 
 
@@ -64,6 +66,13 @@ class VerifyingEngine(Protocol):
         ...
 
 
+def num_drafts(settings: DecodeSettings) -> int:
+    """How many blocks a forward drafts; blocks of one token hold nothing to draft."""
+    strategy = settings.strategy
+    assert isinstance(strategy, NextTokenStrategy)
+    return strategy.num_drafts if settings.block_size > 1 else 0
+
+
 class CausalEngine:
     """One forward for everything, with a cache."""
 
@@ -78,7 +87,7 @@ class CausalEngine:
         self.real, self.position = prompt.real, prompt.next_position
         self.base = [self.width] * rows
         """Columns of each row that are filled for good."""
-        room = settings.given.max_new_tokens + settings.block_size * (1 + settings.strategy.num_drafts)
+        room = settings.given.max_new_tokens + settings.block_size * (1 + num_drafts(settings))
         self.cache = PrefixCache(
             self.model.config.text_config.num_hidden_layers, rows, self.width + max(room, settings.block_size)
         )
@@ -127,7 +136,7 @@ class CausalEngine:
         """Columns that are no padding, ``[N, 1, width]`` bool."""
         return torch.nn.functional.pad(self.real, (0, width - self.width), value=True).unsqueeze(1)
 
-    def _forward(self, ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, **vision: object) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, columns: Tensor, mask: Tensor, **vision: Any) -> Tensor:
         self.forwards += 1
         prefix = Prefix(
             columns=columns,
@@ -222,7 +231,7 @@ class PlainCausalEngine:
         begin = torch.tensor([len(self.accepted[row]) for row in self.rows], device=self.device).unsqueeze(1)
         return logits[rows.unsqueeze(1), begin + torch.arange(len(behind[0]), device=self.device)]
 
-    def _forward(self, ids: Tensor, positions: Tensor, query: TokenIds, keys: TokenIds, **vision: object) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, query: TokenIds, keys: TokenIds, **vision: Any) -> Tensor:
         self.forwards += 1
         mask = attention_mask(query, keys, context_attention="causal").unsqueeze(1)
         return self.session.model(

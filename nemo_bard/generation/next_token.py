@@ -19,10 +19,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_bard.generation.causal import Verdict
+from nemo_bard.generation.causal import Verdict, num_drafts
 from nemo_bard.generation.decode import DecodeResult, Hooks, StepRecord, say_once
+from nemo_bard.generation.records import Recorder
 from nemo_bard.generation.sampling import Candidates, draw_seeds, propose, uniform_numbers
 from nemo_bard.generation.session import Session
+
+LEAST_CHANCE = 0.02
+"""Further blocks are drafted only behind tokens at which the draft ends with this probability, by its own confidence."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +70,7 @@ class NextTokenDecoder:
         self.engine = self.settings.engine(session)
         self.device = self.prompt.input_ids.device
         self.synchronize = synchronize and self.prompt.input_ids.is_cuda
-        self.num_drafts = self.settings.strategy.num_drafts if self.settings.block_size > 1 else 0
+        self.num_drafts = num_drafts(self.settings)
         self.ends = frozenset(self.settings.end_ids)
         count = len(self.prompt.input_ids)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -77,6 +81,7 @@ class NextTokenDecoder:
         self.live = list(self.rows)
         """Rows that have not ended."""
         self.history: list[StepRecord] = []
+        self.recorder = Recorder(self.settings.block_size, self.settings.mask_token_id)
         if self.settings.compile_step:
             name = self.given.remasking_strategy
             say_once(f"decoding goes step by step from the host, without CUDA graphs, for remasking_strategy={name}")
@@ -137,7 +142,8 @@ class NextTokenDecoder:
             chances.append((upto * (1.0 - next_one), end))
             upto *= next_one
         chances.sort(key=lambda pair: (-pair[0], -pair[1]))
-        return [end for _, end in chances[: self.num_drafts]]
+        likely = [end for chance, end in chances[: self.num_drafts] if chance >= LEAST_CHANCE]
+        return likely or [end for _, end in chances[: min(1, self.num_drafts)]]
 
     def _take(self, verdict: Verdict, ends: Sequence[Sequence[int]]) -> None:
         """Accept what a forward says, and drop the rows that have ended."""
@@ -157,7 +163,7 @@ class NextTokenDecoder:
             row.draft, row.confidence = drafts[index]
             if self._add(row, new):
                 going.append(index)
-        self._show(told, behind)
+        self._show(told.confidence)
         self.engine.accept(accepted)
         if len(going) < len(self.live):
             self.live = [self.live[index] for index in going]
@@ -230,10 +236,19 @@ class NextTokenDecoder:
         row.draft, row.confidence = row.draft[: min(keep, first_end)], row.confidence[: min(keep, first_end)]
         return goes_on
 
-    def _show(self, told: Candidates, behind: Sequence[int]) -> None:
-        """Tell what a forward did to whoever wants to know."""
+    def _show(self, confidence: Tensor) -> None:
+        """Tell what a forward did to whoever wants to know; ``confidence`` ``[N, M]`` is that of the next tokens."""
         if self.hooks.on_draft is not None and self.live[0].draft:
             self.hooks.on_draft(torch.tensor([self.live[0].draft], device=self.device))
+        if not self.given.output_history and self.hooks.on_step is None:
+            return
+        for row, chances in zip(self.live, confidence.float().tolist(), strict=True):
+            new = chances[: row.found[-1]]
+            for record in self.recorder.records(row.number, row.response, new, row.draft, row.confidence):
+                if self.given.output_history:
+                    self.history.append(record)
+                if self.hooks.on_step is not None:
+                    self.hooks.on_step(record)
 
 
 def _padded(lists: Sequence[Sequence[int]], device: torch.device, *, repeat: bool = False) -> Tensor:

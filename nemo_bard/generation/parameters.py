@@ -206,6 +206,11 @@ def calibrated_strategies() -> list[str]:
     return [first, *(name for name in STRATEGIES if name != first and STRATEGIES.get(name).calibrated)]
 
 
+def denoising_strategies() -> list[str]:
+    """Strategies that take denoising steps, those of other packages included."""
+    return [name for name in STRATEGIES if not STRATEGIES.get(name).by_next_token]
+
+
 def setting_fields(strategy: Any = None) -> dict[str, Field[Any]]:
     """Every setting by name: the general ones, and the parameters of all strategies behind ``remasking_strategy``.
 

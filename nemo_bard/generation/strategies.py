@@ -156,6 +156,8 @@ class SelfSpeculative(NextTokenStrategy):
     that blocks are drafted behind several of its tokens: those at which the draft most likely ends.
     """
 
+    swept: ClassVar[Mapping[str, Sequence[Any]]] = {"drafts": (1, 2, 4, 8)}
+
     drafts: int = setting(
         4, integer(1), "blocks that a forward drafts, each behind another token of the draft that it verifies"
     )

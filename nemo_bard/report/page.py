@@ -204,7 +204,7 @@ def render_page(trace: Trace) -> str:
         f'<section class="card"><h2>Prompt</h2><div class="images">{pixels}</div>{turns}</section>' if turns else ""
     )
     facts = (
-        f"{trace.length} tokens in {len(trace.steps)} denoising forwards: {trace.tpf:.2f} tokens per forward,"
+        f"{trace.length} tokens in {trace.num_forwards} denoising forwards: {trace.tpf:.2f} tokens per forward,"
         f" block size {trace.block_size}"
     )
     return f"""<!DOCTYPE html>

@@ -58,11 +58,18 @@ class Trace:
     prompt: list[tuple[str, str]] = field(default_factory=list)
     """Role and text of the turns before, media as ``<image>`` and ``<video>``."""
     images: list[Image.Image] = field(default_factory=list)
+    forwards: int | None = None
+    """Forwards, where there are fewer than steps: in next-token decoding one can find tokens of several blocks."""
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards that found tokens."""
+        return len(self.steps) if self.forwards is None else self.forwards
 
     @property
     def tpf(self) -> float:
         """Response tokens per denoising forward."""
-        return self.length / len(self.steps)
+        return self.length / self.num_forwards
 
     @property
     def max_steps(self) -> int:
@@ -131,6 +138,7 @@ def make_trace(
         text=tokenizer.decode(output.sequences[row, :length].tolist(), skip_special_tokens=True),
         prompt=prompt,
         images=images,
+        forwards=int(output.block_step_counts[row].sum()),
     )
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_bard.generation.parameters import STRATEGIES, strategy_fields
+from nemo_bard.generation.parameters import STRATEGIES, denoising_strategies, strategy_fields
 from nemo_bard.generation.sampling import tokens_per_step
 from nemo_bard.generation.strategies import EntropyBound, LowConfidenceDynamic, LowConfidenceStatic, StepState
 
@@ -75,7 +75,7 @@ class TestEntropyBound:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", denoising_strategies())
 def test_every_strategy_fixes_masked_tokens_only_and_ends_in_time(name, steps):
     """One or more per unfinished row and step, nothing in finished rows, done within ``denoising_steps``."""
     g, rows, block_size = torch.Generator().manual_seed(0), 16, 8

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from nemo_bard.base.errors import one_line
-from nemo_bard.generation.parameters import STRATEGIES, strategy_fields
+from nemo_bard.generation.parameters import strategy_fields
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.serving.requests import request_settings
 from nemo_bard.serving.server.chat import Preparer
@@ -111,16 +111,17 @@ def _add_facts(app: FastAPI, preparer: Preparer, settings: ServerSettings, metri
             "block_size": preparer.block_size,
             "max_tokens": preparer.max_tokens,
             "limits": {limit: getattr(settings, limit) for limit in limits},
-            "settings": page_settings(preparer.config),
-            "strategies": {strategy: list(strategy_fields(strategy)) for strategy in STRATEGIES},
+            "settings": page_settings(preparer.config, preparer.strategies),
+            "strategies": {strategy: list(strategy_fields(strategy)) for strategy in preparer.strategies},
         }
 
 
-def page_settings(config: BardGenerationConfig) -> list[dict[str, Any]]:
+def page_settings(config: BardGenerationConfig, strategies: list[str]) -> list[dict[str, Any]]:
     """The settings of a request as fields of a form.
 
     Args:
         config: The model's; its values are what a request gets where it says nothing.
+        strategies: Those that the model can be decoded with.
 
     Returns:
         For each its ``name``, ``value``, ``help``, ``kind`` (``choice``, ``flag``, ``integer``, ``number``), what is
@@ -139,7 +140,11 @@ def page_settings(config: BardGenerationConfig) -> list[dict[str, Any]]:
                 "help": field.metadata["help"],
                 "kind": "choice" if check.choices else kind,
                 "allowed": check.allowed,
-                "choices": list(check.choices()) if check.choices else [],
+                "choices": strategies
+                if name == "remasking_strategy"
+                else list(check.choices())
+                if check.choices
+                else [],
             }
         )
     return fields

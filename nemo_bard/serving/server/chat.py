@@ -14,6 +14,7 @@ from nemo_bard.data.conversation import check_encodable, parse_record
 from nemo_bard.data.encode import encode_prompts
 from nemo_bard.data.images import image_size, read_image
 from nemo_bard.data.media import MediaSource, media_source
+from nemo_bard.generation.parameters import STRATEGIES, denoising_strategies
 from nemo_bard.generation.resolve import DecodeSettings, resolve_settings
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.serving.body import Asked, check_body
@@ -59,6 +60,8 @@ class Preparer:
         self.config: BardGenerationConfig = model.generation_config
         resolved = resolve_settings(model, self.config)
         self.block_size = resolved.block_size
+        self.strategies = list(STRATEGIES) if resolved.context_attention == "causal" else denoising_strategies()
+        """Those that the model can be decoded with."""
         self.max_tokens = min(self.config.resolve()[0].max_new_tokens, settings.max_tokens)
         """Where a request says nothing."""
 

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from nemo_bard.base.errors import one_line
+from nemo_bard.base.errors import not_one_of, one_line
+from nemo_bard.generation.parameters import STRATEGIES, denoising_strategies
 from nemo_bard.serving.requests import SEED, BadRequest, check_seed, check_temperature, check_xargs
 from nemo_bard.serving.vllm.config import end_ids, is_bard
 
@@ -69,6 +70,9 @@ def _check(params: Any, hf_config: Any) -> None:
     asked = {name: value for name, value in given.items() if name not in VLLM_OWN}
     defaults = hf_config.served_defaults
     settings = check_xargs(asked, block_size=hf_config.block_size, defaults=defaults)
+    strategy = settings.get("remasking_strategy")
+    if strategy is not None and STRATEGIES.get(strategy).by_next_token:
+        raise not_one_of("vllm_xargs.remasking_strategy", strategy, denoising_strategies())
     if params.n > 1:
         temperature = settings.get("temperature", params.temperature)
         if temperature == 0 or SEED in settings:

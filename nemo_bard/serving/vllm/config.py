@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from nemo_bard.generation.parameters import NO_END, setting_fields
+from nemo_bard.generation.parameters import NO_END, STRATEGIES, denoising_strategies, setting_fields
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list
 from nemo_bard.model.configuration import BardVLConfig
 from nemo_bard.upstream.vllm import installed_version, unsupported
@@ -55,6 +55,11 @@ def read_defaults(model_config: Any) -> dict[str, Any]:
             config = BardGenerationConfig()
     override = model_config.override_generation_config
     config = config.updated(**{name: value for name, value in override.items() if name not in VLLM_DEFAULTS})
+    if STRATEGIES.get(config.remasking_strategy).by_next_token:
+        raise ValueError(
+            f"remasking_strategy must be one of {', '.join(denoising_strategies())} with vLLM, got"
+            f" {config.remasking_strategy!r}; pass --override-generation-config"
+        )
     return {name: getattr(config, name) for name in setting_fields(config.remasking_strategy)}
 
 
