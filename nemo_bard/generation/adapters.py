@@ -92,6 +92,20 @@ def has_adapters(model: DecodableModel) -> bool:
     return bool(name) and bool(adapter_names(Path(name)))
 
 
+def call_settings(model: DecodableModel, adapter: str | None) -> BardGenerationConfig:
+    """Decode settings of a call that gives no others: the adapter's own if it names one, else the model's.
+
+    Raises:
+        ValueError: If there is no such adapter.
+    """
+    return model.generation_config if adapter is None else adapter_settings(model_folder(model), adapter)
+
+
+def trained_block_size(model: DecodableModel, adapter: str | None) -> int | None:
+    """Block size that a model, or an adapter of it, was trained for."""
+    return getattr(model.config, "block_size", None) if adapter is None else load_adapter(model, adapter).block_size
+
+
 def load_adapter(model: DecodableModel, name: str) -> Adapter:
     """Read an adapter of the folder that a model was loaded from, or return the one that was read before.
 

@@ -19,6 +19,7 @@ from nemo_bard.checkpoints.exporting.facts import calibration_folder, read_facts
 from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_companions
 from nemo_bard.checkpoints.exporting.weights import check_complete, expected_shapes
 from nemo_bard.checkpoints.folder import DTYPES, check_target
+from nemo_bard.generation.adapter_folders import adapter_names
 
 GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -112,6 +113,9 @@ def export(
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
         notes += [] if finish is None else finish(folder)
+        kept = adapter_names(origin.place.folder)
+        if kept:
+            notes.append(f"not taken over: the adapters {', '.join(kept)} of {origin.place.folder}")
         sync_tree(folder)
     return ExportReport(
         target, origin.place.folder, origin.place.kind, len(plan.files), len(names), plan.total_size, stored, notes

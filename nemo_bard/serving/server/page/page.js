@@ -19,13 +19,16 @@ function headers() {
   return { 'content-type': 'application/json', ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-async function load() {
+async function load(name) {
   try {
-    const response = await fetch('v1/bard', { headers: headers() });
+    const response = await fetch(`v1/bard${name ? `?model=${encodeURIComponent(name)}` : ''}`, { headers: headers() });
     if (!response.ok) throw await failure(response);
     facts = await response.json();
     el('model').textContent = `${facts.model}, ${facts.block_size} tokens a block`;
     document.title = `${facts.model} - nemo_bard`;
+    el('models').replaceChildren(...facts.models.map(model => new Option(model, model)));
+    el('models').value = facts.model;
+    el('models').hidden = facts.models.length === 1;
     form.build(facts);
     el('key-row').hidden = !el('key').value;
     say('');
@@ -123,7 +126,8 @@ function stop() {
 el('ask').addEventListener('submit', event => { event.preventDefault(); ask(); });
 el('stop').addEventListener('click', stop);
 el('reset').addEventListener('click', () => form.reset());
-el('key').addEventListener('change', load);
+el('key').addEventListener('change', () => load());
+el('models').addEventListener('change', () => load(el('models').value));
 el('files').addEventListener('change', event => { add([...event.target.files]); event.target.value = ''; });
 document.addEventListener('paste', event => {
   const files = [...event.clipboardData.files];
