@@ -95,7 +95,7 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
 
 
 def _next_token_engine(given: GenerationSettings, model: DecodableModel) -> type:
-    from nemo_bard.generation import causal
+    from nemo_bard.generation.causal import CausalEngine, PlainCausalEngine
 
     found = model.config.context_attention
     if found != "causal":
@@ -104,7 +104,7 @@ def _next_token_engine(given: GenerationSettings, model: DecodableModel) -> type
             f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
             f" has {found}{hint}"
         )
-    return causal.PlainCausalEngine if given.decode_path == "plain" else causal.CausalEngine
+    return PlainCausalEngine if given.decode_path == "plain" else CausalEngine
 
 
 def _mask_token_id(given: GenerationSettings, model_config: Any) -> int:
