@@ -1,4 +1,4 @@
-# make test | test-slurm | test-vllm | test-tf457 | test-plain | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
+# make test | test-slurm | test-vllm | test-tf457 | test-plain | test-big | test-lmms | test-gpu | bench-gpu | demo | lint | clean; each sets up .venv first where needed. An existing environment instead:
 #   make test PYTHON=/path/to/bin/python
 VENV ?= .venv
 ifeq ($(origin PYTHON), undefined)
@@ -15,7 +15,7 @@ PIP = $(PYTHON) -m pip install
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not tf457 and not plain
+MARKS ?= not gpu and not network and not chain and not vllm and not lmms and not tf457 and not plain and not big
 PYTEST_ARGS ?=
 # processes that share the tests, file by file
 WORKERS ?= 2
@@ -46,7 +46,7 @@ PLAIN_READY := $(PLAIN_VENV)/.ready
 endif
 PLAIN_RUN ?=
 
-.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-tf457 venv-tf457 test-plain venv-plain test-chain test-lmms test-gpu bench-gpu lint clean
+.PHONY: venv install demo test test-slurm test-vllm venv-vllm test-tf457 venv-tf457 test-plain venv-plain test-chain test-big test-lmms test-gpu bench-gpu lint clean
 install: $(VENV)/.ready
 venv: install
 
@@ -98,6 +98,9 @@ test-plain: $(READY) $(PLAIN_READY) # PLAIN_PYTHON=... is an environment that is
 
 test-chain: $(READY)
 	$(PYTHON) -m pytest -m chain tests/integration/test_pipeline.py
+
+test-big: $(READY) # 12 GiB of memory and 20 GB of disk where pytest's temporary folders are; models that need more skip
+	$(PYTHON) -m pytest -m big -rs tests/integration/test_big.py $(PYTEST_ARGS)
 
 test-lmms: $(READY) # brings lmms-eval into the environment first
 	$(PIP) --no-deps -r constraints-lmms.txt

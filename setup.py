@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 SHIPPED = {f"nemo_bard.{name}": name for name in ("recipes", "conf") if any((ROOT / name).rglob("*.yaml"))}
 
 DEMO = ["matplotlib>=3.7", "scikit-learn>=1.3"]
+TRACKERS = ["mlflow-skinny>=3.16.1", "wandb>=0.30"]
 SERVE = ["fastapi>=0.115", "prometheus-client", "uvicorn>=0.30"]
 
 
@@ -70,11 +71,13 @@ setup(
         "mixture": [],  # what it named is always installed; the name stays for commands that have it
         "mlflow": ["nemo-automodel[mlflow]"],
         "serve": SERVE,
+        "trackers": ["nemo-automodel[mlflow,wandb]"],
         "video": [],  # likewise
         "wandb": ["nemo-automodel[wandb]"],
         "dev": [
             *DEMO,
             *SERVE,
+            *TRACKERS,  # enough for MLflow's store of files; its extra also brings what a database needs
             "httpx2",  # benchmarks/serve.py; transformers brings it too
             "import-linter>=2.0",
             "openai",  # tests of the local server

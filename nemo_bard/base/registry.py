@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from nemo_bard.base.copies import is_copy
 from nemo_bard.base.errors import not_one_of
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Registry(Generic[T]):
         They are for the installed package: a copy of this module that a checkpoint folder brings has classes of its own.
         """
         with self._lock:
-            if self._scanned or __name__ != "nemo_bard.base.registry":
+            if self._scanned or is_copy(__name__):
                 return
             before, self._scanned = dict(self._things), True  # checks of things look at the others
             try:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 QWEN3_VL_MASK_TOKEN_ID = 151671
 RESERVED_NAME = "<|reserved_{}|>"
 """Name of an id between the tokenizer's last token and the mask token."""
+MOST_NAMES = 1024
+"""Most names that are added; a mask token further away from the tokenizer's last one stays without a name."""
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -57,8 +59,8 @@ def name_mask_token(folder: Path, tokenizer: PreTrainedTokenizerBase, mask_token
         mask_token_id: A row of the embedding that no text uses.
 
     Returns:
-        The name; None if none can be given: the tokenizer has a mask token or the name for another id, or numbers its
-        tokens beyond this id.
+        The name; None if none can be given: the tokenizer has a mask token or the name for another id, numbers its
+        tokens beyond this id, or ends too far below it.
 
     Raises:
         ValueError: If what was written does not read back as meant.
@@ -75,7 +77,7 @@ def name_mask_token(folder: Path, tokenizer: PreTrainedTokenizerBase, mask_token
     first = max(last + 1, len(content["model"]["vocab"]))
     names = {id_: RESERVED_NAME.format(id_) for id_ in range(first, mask_token_id)} | {mask_token_id: MASK_TOKEN}
     taken = set(vocabulary.values()).intersection(names) or set(vocabulary).intersection(names.values())
-    if tokenizer.mask_token is not None or mask_token_id < first or taken:
+    if tokenizer.mask_token is not None or not 0 < len(names) <= MOST_NAMES or mask_token_id < first or taken:
         return None
     added += [{"id": id_, "content": name, **_FLAGS} for id_, name in names.items()]
     _write(file, content)

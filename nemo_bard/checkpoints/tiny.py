@@ -92,11 +92,17 @@ system user assistant Read Which What Who Where How Describe Answer Count Look N
  yes no please only word short question answer
 """
 
+QWEN3_VL_TEXT_TOKENS = 151643
+"""Of Qwen3-VL's tokenizer, before its special tokens."""
 _TOKENS_PER_SIDE = 32  # pixels of a visual token: patch_size * spatial_merge_size
 
 
-def make_tokenizer() -> PreTrainedTokenizerBase:
+def make_tokenizer(text_tokens: int | None = None) -> PreTrainedTokenizerBase:
     """Build a byte-level BPE tokenizer with Qwen's special tokens; every digit is a token of its own.
+
+    Args:
+        text_tokens: Fill the text tokens up with unused ones to this many; ``QWEN3_VL_TEXT_TOKENS`` gives all special tokens
+            the ids that they have in Qwen3-VL.
 
     Returns:
         A tokenizer whose ids run from the text tokens over ``SPECIAL_TOKENS`` to ``ADDED_TOKENS`` without a gap.
@@ -107,6 +113,8 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate(alphabet)}
     merges = _word_merges(vocab)
+    for index in range(len(vocab), text_tokens or 0):
+        vocab[f"unused {index}"] = index  # no text becomes one: blanks have another sign
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -6,26 +6,14 @@ Wrong input ends as one line ``error: ...`` on stderr and exit code 2; ``NEMO_BA
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
-import importlib.util
-import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 from nemo_bard import __version__
-from nemo_bard.base.errors import EXIT_USER_ERROR, USER_ERRORS, RunError, one_line
-from nemo_bard.cli import startup
+from nemo_bard.cli import launcher
 from nemo_bard.cli.commands import COMMANDS
-
-Code = TypeVar("Code", int, int | None)
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-READ_ONLY = (errno.EROFS, errno.ENAMETOOLONG)
-"""What will be refused again."""
-REQUIRED = ("av", "datasets", "hydra", "megatron", "nemo_automodel", "omegaconf", "pyarrow", "qwen_vl_utils")
-"""Modules of the requirements that are not there where nemo-bard was installed without them, beside vLLM."""
+from nemo_bard.cli.endings import exit_code_of, say_missing
 
 
 def build_parser(selected: str | None) -> argparse.ArgumentParser:
@@ -69,40 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(partial(run_command, argv))
 
 
-def exit_code_of(run: Callable[[], Code]) -> Code | int:
-    """Run something and return its exit code, or None if it has none yet; wrong input is told in one line."""
-    try:
-        return run()
-    except (*USER_ERRORS, RunError) as error:
-        if os.environ.get("NEMO_BARD_DEBUG") == "1":
-            raise
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        sys.stderr.write(f"error: {rank}{one_line(error)}\n")
-        return 1 if isinstance(error, RunError) else EXIT_USER_ERROR
-    except ModuleNotFoundError as error:
-        return say_missing(error)
-    except OSError as error:
-        if error.errno not in (*FULL_DISK, *READ_ONLY) or os.environ.get("NEMO_BARD_DEBUG") == "1":
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        if error.errno in READ_ONLY:
-            sys.stderr.write(f"error: {error.strerror}{where}\n")
-            return EXIT_USER_ERROR
-        sys.stderr.write(f"error: {error.strerror}{where}; make room and run the same command again\n")
-        return 1
-
-
-def say_missing(error: ModuleNotFoundError) -> int:
-    """Say that a requirement is not installed and return the exit code; raise the error if it is about anything else."""
-    module = (error.name or "").split(".")[0]
-    if module not in REQUIRED or importlib.util.find_spec(module) or os.environ.get("NEMO_BARD_DEBUG") == "1":
-        raise error
-    sys.stderr.write(
-        f"error: this needs {module}, which is not installed here; nemo-bard doctor says what is missing\n"
-    )
-    return 1
-
-
 def automodel() -> int | None:
     """Run the ``automodel`` script: ``finetune`` is ours, every other command line is NeMo AutoModel's, unchanged."""
     return main() if sys.argv[1:2] == ["finetune"] else forward(sys.argv)
@@ -110,11 +64,11 @@ def automodel() -> int | None:
 
 def forward(argv: list[str]) -> int | None:
     """Run NeMo AutoModel's own ``main`` with ``sys.argv`` set to ``argv``; it hands recipes of ours back to ``finetune``."""
-    startup.install()  # where the start-up hook is missing
     try:
         from nemo_automodel.cli.app import main as upstream_main
     except ModuleNotFoundError as error:
         return say_missing(error)
+    launcher.install()  # where the start-up hook is missing
     sys.argv = list(argv)
     return upstream_main()
 

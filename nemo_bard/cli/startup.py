@@ -11,15 +11,13 @@ says why this is needed. Standard library only: nothing here may fail because of
 from __future__ import annotations
 
 import sys
-from functools import partial, wraps
-from pathlib import Path
+from functools import wraps
 from types import ModuleType
-from typing import Any
 
 from nemo_bard.base.import_hooks import AfterImport, put_first
+from nemo_bard.cli.launcher import UPSTREAM_LAUNCHER, hand_over
 
 UPSTREAM_CLI = "nemo_automodel.cli.app"
-UPSTREAM_LAUNCHER = "nemo_automodel.components.launcher.interactive"
 COMMAND = "finetune"
 
 
@@ -36,36 +34,6 @@ def add_command(app: ModuleType) -> None:
         return automodel()
 
     vars(app)["main"] = main
-
-
-def hand_over(launcher: ModuleType) -> None:
-    """Wrap ``InteractiveLauncher.launch`` so that a recipe of ours runs as ``finetune`` does.
-
-    A recipe of anybody else is upstream's to run, once it is known to name nothing of ours that only means something in
-    a recipe of ours. Wrong input ends the process here, because upstream's script drops what ``main`` returns.
-    """
-    upstream_launch = launcher.InteractiveLauncher.launch
-
-    @wraps(upstream_launch)
-    def launch(
-        self: Any,
-        config: Any,
-        config_path: Path,
-        recipe_target: str,
-        launcher_config: Any = None,
-        extra_args: list[str] | None = None,
-    ) -> int | None:
-        from nemo_bard.cli.app import exit_code_of
-        from nemo_bard.cli.commands.finetune import take_over
-
-        code = exit_code_of(partial(take_over, config, config_path, launcher_config, extra_args or []))
-        if code is None:
-            return upstream_launch(self, config, config_path, recipe_target, launcher_config, extra_args)
-        if code:
-            sys.exit(code)
-        return 0
-
-    launcher.InteractiveLauncher.launch = launch
 
 
 class CliFinder(AfterImport):

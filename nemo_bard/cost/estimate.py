@@ -53,7 +53,7 @@ class PlanSettings:
         ValueError: If a value is not allowed.
     """
 
-    model: str = setting(check=text(), help="shape: tiny, cpu, 2b, 4b or 8b")
+    model: str = setting(check=text(), help="shape: tiny, cpu, 2b, 4b, 8b or 32b")
     gpus: int = setting(check=integer(), help="GPUs that train")
     gpus_per_node: int = setting(8, integer(), "GPUs of a node")
     dp_replicate_size: int | None = setting(

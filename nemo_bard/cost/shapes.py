@@ -1,6 +1,6 @@
 """Model shapes: the released Qwen3-VL sizes, a tiny one, and one with Qwen3-VL's vocabulary that a CPU can measure.
 
-The numbers are those of the published ``config.json`` files of Qwen3-VL 2B, 4B and 8B.
+The numbers are those of the published ``config.json`` files of Qwen3-VL 2B, 4B, 8B and 32B (all dense).
 """
 
 from __future__ import annotations
@@ -104,6 +104,17 @@ _SHAPES: dict[str, dict[str, Any]] = {
             "intermediate_size": 12288,
             "num_hidden_layers": 36,
             "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        "vision": _VISION_LARGE,
+        "tie": False,
+    },
+    "32b": {
+        "text": {
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
             "num_key_value_heads": 8,
         },
         "vision": _VISION_LARGE,

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from nemo_bard.base.errors import one_line
 
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "torchvision": "torchvision"}
@@ -38,7 +40,7 @@ def read_video(path: str | os.PathLike, video_processor: Any) -> tuple[Any, Any]
         video_processor: Its ``sample_frames`` picks the frames, its ``fps`` says how many.
 
     Returns:
-        Frames ``[frames, height, width, 3]`` (or channels first, as the decoder gives them) and their metadata.
+        Frames ``[frames, height, width, 3]`` (or channels first, as the decoder gives them), upright, and their metadata.
 
     Raises:
         ValueError: If the file does not exist, is no video, ends early or is shorter than a temporal patch, or no decoder is installed.
@@ -67,7 +69,21 @@ def read_video(path: str | os.PathLike, video_processor: Any) -> tuple[Any, Any]
         )
     if len(frames) < (least := video_processor.temporal_patch_size):
         raise ValueError(f"video {path} has {len(frames)} frame(s), at least {least} are needed; pass it as an image")
-    return frames, metadata
+    return upright(frames, quarter_turns(path)) if decoder == "pyav" else frames, metadata
+
+
+def quarter_turns(path: str | os.PathLike) -> int:
+    """How often a file's frames are to be turned counter-clockwise by 90 degrees to stand upright: phones write that beside them."""
+    import av
+
+    container = av.open(os.fspath(path))
+    with contextlib.closing(container):
+        return next(container.decode(video=0)).rotation // 90 % 4
+
+
+def upright(frames: np.ndarray, turns: int) -> np.ndarray:
+    """Turn frames ``[frames, height, width, 3]`` counter-clockwise."""
+    return np.ascontiguousarray(np.rot90(frames, turns, axes=(1, 2))) if turns else frames
 
 
 def _count_frames(path: str | os.PathLike) -> int:

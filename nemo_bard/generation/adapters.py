@@ -25,6 +25,7 @@ from nemo_bard.generation.adapter_folders import (
 )
 from nemo_bard.generation.low_rank import Factors, LowRankLinear
 from nemo_bard.generation.settings import BardGenerationConfig
+from nemo_bard.upstream.transformers import loaded_revision
 
 if TYPE_CHECKING:
     from nemo_bard.generation.protocol import DecodableModel
@@ -83,7 +84,7 @@ def model_folder(model: DecodableModel) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [CONFIG, "*.safetensors", f"{FOLDER}/*"]  # all but the adapters has been read before
-    return Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None), allow_patterns=wanted))
+    return Path(snapshot_download(name, revision=loaded_revision(model.config), allow_patterns=wanted))
 
 
 def has_adapters(model: DecodableModel) -> bool:

@@ -38,8 +38,12 @@ from nemo_bard.generation.strategies import (
 CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 NO_END = -1
 """As ``eos_token_id``: nothing ends a response but ``max_new_tokens``."""
-NEXT_TOKEN_PATHS = ("fast", "graph", "plain")
-"""Values of ``decode_path`` for strategies that decode by the next-token distribution; the first two are the same."""
+NEXT_TOKEN_ENGINES = {
+    "fast": "nemo_bard.generation.causal.CausalEngine",
+    "graph": "nemo_bard.generation.causal.CausalEngine",
+    "plain": "nemo_bard.generation.causal.PlainCausalEngine",
+}
+"""Engines of strategies that decode by the next-token distribution, by ``decode_path``."""
 ENGINE_METHODS = ("first", "step", "advance", "select")
 
 
@@ -255,9 +259,9 @@ def _check_next_token(general: GenerationSettings) -> None:
     name = f"remasking_strategy={general.remasking_strategy}"
     if general.edit_threshold is not None:
         raise ValueError(f"edit_threshold={general.edit_threshold}: {name} never replaces a token; leave it out")
-    if general.decode_path not in NEXT_TOKEN_PATHS:
+    if general.decode_path not in NEXT_TOKEN_ENGINES:
         raise ValueError(
-            f"decode_path must be one of {', '.join(NEXT_TOKEN_PATHS)} with {name}, got {general.decode_path!r}"
+            f"decode_path must be one of {', '.join(NEXT_TOKEN_ENGINES)} with {name}, got {general.decode_path!r}"
         )
 
 

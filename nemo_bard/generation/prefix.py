@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from nemo_bard.base.copies import own_name
+
 logger = logging.getLogger(__name__)
 
-NAME = "bard_prefix"
+NAME = own_name("bard_prefix", __name__)
 KERNEL_ARGUMENTS = ("seqused_k", "enable_gqa")
 CHECK_TOLERANCE = 2e-2
 """Largest difference from PyTorch's attention on values of size 1; bfloat16 rounds to 1/256 of them."""

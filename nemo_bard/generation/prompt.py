@@ -109,7 +109,7 @@ def prepare_prompt(
         if int(row.min()) < 0 or int(row.max()) >= vocab_size:
             bad = row[(row < 0) | (row >= vocab_size)][0]
             raise ValueError(f"row {index} of input_ids holds {int(bad)}; ids must be 0 to {vocab_size - 1}")
-        if bool((row == mask_token_id).any()):
+        if mask_token_id is not None and bool((row == mask_token_id).any()):
             raise ValueError(
                 f"row {index} of input_ids holds the mask token (id {mask_token_id}), which stands for what is still to be"
                 f" decoded; take it (in a text {MASK_TOKEN}) out of the prompt"

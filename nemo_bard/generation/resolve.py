@@ -6,8 +6,9 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.base.registry import import_dotted
 from nemo_bard.generation.adapters import Adapter, has_adapters, load_adapter
-from nemo_bard.generation.parameters import ENGINES, NO_END, GenerationSettings
+from nemo_bard.generation.parameters import ENGINES, NEXT_TOKEN_ENGINES, NO_END, GenerationSettings
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list, check_mask_token_id
 from nemo_bard.generation.strategies import Strategy
 
@@ -95,8 +96,6 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
 
 
 def _next_token_engine(given: GenerationSettings, model: DecodableModel) -> type:
-    from nemo_bard.generation.causal import CausalEngine, PlainCausalEngine
-
     found = model.config.context_attention
     if found != "causal":
         hint = "; name one of its adapters with adapter=" if given.adapter is None and has_adapters(model) else ""
@@ -104,7 +103,7 @@ def _next_token_engine(given: GenerationSettings, model: DecodableModel) -> type
             f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
             f" has {found}{hint}"
         )
-    return PlainCausalEngine if given.decode_path == "plain" else CausalEngine
+    return import_dotted(NEXT_TOKEN_ENGINES[given.decode_path])
 
 
 def _mask_token_id(given: GenerationSettings, model_config: Any) -> int:

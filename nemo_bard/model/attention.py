@@ -19,12 +19,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from nemo_bard.base.copies import own_name
 from nemo_bard.model.sequences import Sequences, sequence_attention
 from nemo_bard.upstream.torch import cpu_attention, cpu_attention_backward
 
-NAME = "bard" if __name__ == "nemo_bard.model.attention" else f"bard_{__name__.split('.')[-2]}"
-"""Of the backend. A copy of this module that a checkpoint folder brings has one of its own, with what transformers puts into
-the name of its package (a hash, or a commit), so that copies and package do not replace each other's."""
+NAME = own_name("bard", __name__)
 MAX_FOLDED_QUERIES = 128
 FLEX_GRAPHS = 32
 """Most graphs of flex_attention in a process; a chain of stages takes about 10 (tests/unit/test_flex.py)."""

@@ -25,6 +25,7 @@ from nemo_bard.train.trackers import check_trackers
 
 BACKENDS = ("auto", "nccl", "gloo")
 ATTENTION_BACKENDS = ("auto", "sdpa", "bard")
+LOSS = "nemo_bard.method.BlockDiffusionCrossEntropy"
 REPLICAS_KEY = "distributed.dp_replicate_size"
 ONE_PER_NODE = "auto"
 """As ``distributed.dp_replicate_size``."""
@@ -230,6 +231,7 @@ def _check_dataset(name: str, section: object) -> None:
             required = parameters[key].default is inspect.Parameter.empty
             if required and section.get(key) is None:
                 raise ValueError(f"{name}.{key} must be set, got {section.get(key)!r}")
+    _check_tokenized(name, section)
     spec = section.get("spec")
     key, path = ("spec", _path_of(spec)) if isinstance(spec, (str, Mapping)) else ("path", section.get("path"))
     if isinstance(path, str) and not Path(path).exists() and not glob.has_magic(path):
@@ -240,6 +242,21 @@ def _check_dataset(name: str, section: object) -> None:
             check(**settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def _check_tokenized(name: str, section: Mapping[str, Any]) -> None:
+    """Keys of any data set that AutoModel takes for itself, to hand on something else than conversations."""
+    for key in ("pretokenize", "packing", "max_length"):
+        value = section.get(key)
+        if key == "packing" and isinstance(value, Mapping):
+            value = value.get("enabled")
+        if value and not (key == "max_length" and section.get("pretokenize") is False):
+            raise ValueError(
+                f"{name}.{key}: AutoModel would make rows for predicting the next token; use"
+                f" {'packing.max_length' if key == 'packing' else 'dataloader.collate_fn.max_length'}, got {value!r}"
+            )
+    if section.get("shard_data"):
+        raise ValueError(f"{name}.shard_data must be false: every rank takes its share of all samples")
 
 
 def _path_of(spec: str | Mapping[str, Any]) -> Any:
@@ -279,9 +296,12 @@ def _check_noise(raw: Mapping[str, Any]) -> None:
     used["validation_noise.name"] = validation.settings
     target = raw["loss_fn"].get("_target_")
     if not target:
-        raise ValueError("loss_fn must have _target_, such as nemo_bard.method.BlockDiffusionCrossEntropy")
+        raise ValueError(f"loss_fn must have _target_, such as {LOSS}")
     loss = _resolve("loss_fn._target_", target) if isinstance(target, str) else target
-    if str(getattr(loss, "__module__", "")).startswith("nemo_bard."):
+    module = str(getattr(loss, "__module__", ""))
+    if module.startswith("nemo_automodel.") and not hasattr(loss, "objective_class"):
+        raise ValueError(f"loss_fn of this recipe must be one of block diffusion, such as {LOSS}, got {target}")
+    if module.startswith("nemo_bard."):
         check_keys("loss_fn", raw["loss_fn"], ["_target_", *inspect.signature(loss).parameters])
     for key, settings in used.items():
         if (reason := settings.noise.misfit(loss)) is not None:

@@ -25,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nemo_bard.data.checks import check_once, checks_put_off
 from nemo_bard.data.collate import DEFAULT_MAX_LENGTH, BlockDiffusionCollator
 from nemo_bard.data.lengths import last_line_of_worker_error
+from nemo_bard.data.numbered import numbered
 from nemo_bard.data.packing import PackedDataset, pack_dataset
 from nemo_bard.data.ranks import Ranks
 from nemo_bard.data.rejects import check_on_bad_sample
@@ -101,7 +102,7 @@ class PBMRecipe(ResumedTraining):
         self.packing = PackingSettings.from_dict(_section(self.cfg, "packing"))
         automodel.replace_loaders(self.cfg, self._opened_together)
         folder = Path(self.cfg.get("checkpoint.checkpoint_dir", None) or "checkpoints")
-        trackers.go_on_in_the_same_run(self.cfg, folder)
+        trackers.prepare(self.cfg, folder)
         with trackers.failures_told():
             self._build(raw, folder)
 
@@ -162,12 +163,13 @@ class PBMRecipe(ResumedTraining):
             minutes = self.cfg.get("dist_env.timeout_minutes")
             with Ranks.together(timedelta(minutes=minutes)) as ranks:
                 with checks_put_off() as unchecked:
-                    dataset, processor = ranks.on_all(build, f"opening the data set ({split})")
+                    source, processor = ranks.on_all(build, f"opening the data set ({split})")
+                dataset = numbered(source)
                 _check_equal_sizes(ranks, dataset, split)
                 made = dataset
                 if split == "train" and self.packing.max_length is not None:
                     made = self._pack(dataset, processor, loader, ranks)
-                    unchecked = [one for one in unchecked if one is not dataset]  # measuring checks as much
+                    unchecked = [one for one in unchecked if one is not source]  # measuring checks as much
                 for one in unchecked:
                     check_once(one, self._cache_dir(), ranks=ranks, num_workers=loader.num_workers)
             return made, processor

@@ -21,6 +21,8 @@ from nemo_bard.upstream.sections import wandb_keys
 
 TRACKERS = ("wandb", "mlflow")
 """Sections of a recipe, packages and extras of ours have the same names."""
+NAMES = {"wandb": "name", "mlflow": "run_name"}
+"""Tracker -> its key for the name of a run."""
 WANDB_RUN = "wandb_run_id"
 """File in ``checkpoint_dir``, beside upstream's ``mlflow_run_id``."""
 
@@ -48,20 +50,27 @@ def check_trackers(raw: Mapping[str, Any]) -> None:
             check_keys("wandb", section, known)
 
 
-def go_on_in_the_same_run(config: Any, folder: Path) -> None:
-    """Let W&B go on in the run that wrote to this folder, unless the recipe or the environment names one.
+def prepare(config: Any, folder: Path) -> None:
+    """Name the runs after the folder that they write to, and let W&B go on in the run that wrote to it before.
+
+    Both are left alone where the recipe says something else, the latter where the environment does.
 
     Args:
-        config: The recipe's configuration, before anything has read its section ``wandb``.
+        config: The recipe's configuration, before anything has read its sections ``wandb`` and ``mlflow``.
         folder: ``checkpoint_dir``.
     """
-    section, file = config.get("wandb", None), folder / WANDB_RUN
-    if not section or not file.is_file() or os.environ.get("WANDB_RUN_ID"):
-        return
-    values = section.to_dict() if hasattr(section, "to_dict") else dict(section)
-    if values.get("id") is None and values.get("resume") is None:
-        run = {"id": file.read_text(encoding="utf-8").strip(), "resume": "allow"}
-        config.set_by_dotted("wandb", {**values, **run})
+    name = folder.parent.name if folder.name == "checkpoints" else folder.name
+    for tracker, key in NAMES.items():
+        section = config.get(tracker, None)
+        if not section:
+            continue
+        values = section.to_dict() if hasattr(section, "to_dict") else dict(section)
+        values[key] = values.get(key) or name
+        file = folder / WANDB_RUN
+        asked = {values.get("id"), values.get("resume"), os.environ.get("WANDB_RUN_ID")} != {None}
+        if tracker == "wandb" and file.is_file() and not asked:
+            values |= {"id": file.read_text(encoding="utf-8").strip(), "resume": "allow"}
+        config.set_by_dotted(tracker, values)
 
 
 def note_run(folder: Path) -> None:

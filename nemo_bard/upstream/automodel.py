@@ -157,7 +157,7 @@ TOUCHED = (
     ),
     _read(
         "nemo_automodel.components.launcher.interactive.InteractiveLauncher.launch",
-        reason="wrapped by `cli.startup`: it needs a GPU, and looks for recipes beside its own package",
+        reason="wrapped by `cli.launcher`: it needs a GPU, and looks for recipes beside its own package",
         until="AutoModel's launcher runs without CUDA and starts workers by the name of a module",
         parameters="self, config, config_path, recipe_target, launcher_config, extra_args",
         source="script_path",

@@ -10,7 +10,8 @@ from pathlib import Path
 import plain_cases
 import pytest
 
-from nemo_bard.checkpoints import self_contained
+from nemo_bard.checkpoints.self_contained import code
+from nemo_bard.cli.app import main
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("nemo_bard", "nemo_automodel", "hydra", "omegaconf", "megatron")
@@ -20,9 +21,8 @@ ABSENT = ("nemo_bard", "nemo_automodel", "hydra", "omegaconf", "megatron")
 def folder(start, tmp_path_factory):
     """A folder with its own code, moved to a path with blanks and dots."""
     made = tmp_path_factory.mktemp("made") / "made"
-    shutil.copytree(start, made)
-    written = self_contained.write_code(made)
-    assert written == sorted(path.name for path in made.glob("*.py"))
+    assert main(["export", str(start), str(made), "--self-contained"]) == 0
+    assert {path.name for path in made.glob("*.py")} == set(code())
     target = tmp_path_factory.mktemp("moved") / "my models" / "BARD v1.5-b4"
     shutil.copytree(made, target)
     shutil.rmtree(made)
@@ -38,6 +38,7 @@ def test_without_the_package_it_answers_as_with_it(folder, tmp_path):
     by_name = {case["name"]: one for case, one in zip(asked, wanted, strict=True)}
     assert len({tuple(one["ids"][0]) for one in by_name.values() if isinstance(one, dict)}) > 3
     assert all(one["same"] for one in by_name.values() if isinstance(one, dict))
+    assert isinstance(by_name["self_speculative, causal"], dict)
     assert by_name["wrong name"].startswith("ValueError: remasking_strategy must be one of")
     # what a user saves again has the code, too, and the code is not this package's
     assert found["again"] == wanted[0]
@@ -87,4 +88,5 @@ class Everything(Strategy):
         package = "transformers_modules" if name.startswith("own") else "nemo_bard"
         assert {one["model"].partition(".")[0], one["config"].partition(".")[0]} == {package}, name
     assert backends.pop("bard") == "nemo_bard.model.attention"
-    assert [module.partition(".")[0] for module in backends.values()] == ["transformers_modules"]
+    assert backends.pop("bard_prefix") == "nemo_bard.generation.prefix"
+    assert [module.partition(".")[0] for module in backends.values()] == ["transformers_modules"] * 2

@@ -1,13 +1,17 @@
 """W&B offline and MLflow with a store of files, as they are: what reaches them, going on in the same run, and failures."""
 
+import importlib.util
 import json
 import os
 import shutil
 import struct
+import sys
 
 import pytest
 import torch
 from test_upstream import Lab, losses
+
+from nemo_bard.train.trackers import check_trackers
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +100,7 @@ def test_wandb_offline(lab, quiet_wandb):
     changes = {**rich(lab), "wandb": {"project": "bard", "dir": str(lab.folder)}}
     _, log = lab.run("wandb_run", steps=4, **changes)
     first = wandb.run.id
+    assert wandb.run.name == "wandb_run", "after the folder"
     wandb.teardown()  # waits until the file is whole, which finish does not
     assert (folder / "wandb_run_id").read_text().strip() == first
     (offline,) = (lab.folder / "wandb").glob(f"offline-run-*-{first}")
@@ -136,6 +141,7 @@ def test_mlflow_with_a_store_of_files(lab, mlflow, monkeypatch):
         (step, pytest.approx(loss)) for step, loss in enumerate(losses(log))
     ]
     assert run.data.params["model.block_size"] == "8"
+    assert run.info.run_name == "mlflow_run"
     lab.run("mlflow_run", steps=4, **changes)
     assert mlflow.active_run().info.run_id == run_id, "goes on in the same run"
 
@@ -154,3 +160,21 @@ def test_a_run_that_fails_is_marked_so(lab, mlflow, monkeypatch):
         recipe.run_train_validation_loop()
     assert mlflow.active_run() is None
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FAILED"
+
+
+def test_what_a_tracker_refuses_is_one_line(lab, mlflow, monkeypatch):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    uri = (lab.folder / "refused").as_uri()
+    with pytest.raises(ValueError, match="mlflow: .*MLFLOW_ALLOW_FILE_STORE=true") as found:
+        lab.build("refused", mlflow={"experiment_name": "refused", "tracking_uri": uri})
+    assert "\n" not in str(found.value)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(lab, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(
+        ValueError, match=r"wandb: the package wandb is not installed; pip install 'nemo-bard\[wandb\]'"
+    ):
+        check_trackers({"wandb": {"project": "bard"}})
+    check_trackers({"wandb": {"project": "bard", "enable": False}, "mlflow": None})

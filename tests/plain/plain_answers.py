@@ -62,19 +62,25 @@ def answer(model, processor, case):
     import torch
 
     batch = encode(processor, case["prompts"])
-    generator = None if case.get("seed") is None else torch.Generator().manual_seed(case["seed"])
+
+    def generate(**kwargs):
+        generator = None if case.get("seed") is None else torch.Generator().manual_seed(case["seed"])
+        return model.generate(generator=generator, **kwargs, **case["settings"])
+
+    before = {name: getattr(model.config, name) for name in case.get("config", ())}
+    vars(model.config).update(case.get("config", {}))
     try:
-        out = model.generate(batch, return_dict_in_generate=True, generator=generator, **case["settings"])
+        out = generate(inputs=batch, return_dict_in_generate=True)
+        same = torch.equal(out.sequences, generate(**batch))
     except ValueError as error:
         return f"ValueError: {error}"
+    finally:
+        vars(model.config).update(before)
     return {
         "ids": out.sequences.tolist(),
         "lengths": out.lengths.tolist(),
         "steps": out.block_step_counts.tolist(),
-        "same": torch.equal(
-            out.sequences,
-            model.generate(**batch, generator=generator and generator.manual_seed(case["seed"]), **case["settings"]),
-        ),
+        "same": same,
     }
 
 

@@ -33,7 +33,8 @@ def main(folder, out):
 
     second = get_class_from_dynamic_module("modeling_bard_vl.BardVLForConditionalGeneration", folder)
     found["own after the package"] = about(second.from_pretrained(folder))
-    found["backends"] = {name: AttentionInterface()[name].__module__ for name in ("bard", type(own).decoding_attention)}
+    registered = AttentionInterface()
+    found["backends"] = {name: registered[name].__module__ for name in registered if name.startswith("bard")}
     Path(out).write_text(json.dumps(found))
 
 

@@ -39,6 +39,19 @@ def cases():
     found += [
         {"name": name, "prompts": [ONE, TEXT], "settings": {**long, "remasking_strategy": name}} for name in STRATEGIES
     ]
+    causal = {"context_attention": "causal"}
+    found += [
+        {
+            "name": f"{name}, causal{' and drawn' if seed else ''}",
+            "prompts": [ONE, TEXT],
+            "settings": {**long, "remasking_strategy": name, "temperature": 1.0 if seed else 0.0},
+            "config": causal,
+            "seed": seed,
+        }
+        for name in STRATEGIES
+        if STRATEGIES.get(name).by_next_token
+        for seed in (None, 7)
+    ]
     static = {"graph": {"cache_implementation": "static"}}
     found += [
         {"name": name, "prompts": [ONE, TWO], "settings": {**long, "decode_path": name, **static.get(name, {})}}

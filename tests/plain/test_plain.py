@@ -7,7 +7,7 @@ from pathlib import Path
 import plain_cases
 import pytest
 
-from nemo_bard.checkpoints import self_contained
+from nemo_bard.checkpoints.exporting.export import export
 
 pytestmark = pytest.mark.plain
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +36,10 @@ def checkpoints(start):
 def test_same_answers(python, checkpoints, tmp_path):
     asked = plain_cases.cases()
     for name, checkpoint in checkpoints.items():
-        folder = tmp_path / name / "my model v1.0"
-        shutil.copytree(checkpoint, folder)
-        self_contained.write_code(folder)
+        made, folder = tmp_path / name / "made", tmp_path / name / "elsewhere" / "my model v1.0"
+        export(checkpoint, made, self_contained=True)
+        shutil.copytree(made, folder)
+        shutil.rmtree(made)
         # torchvision of the package index is built for CUDA, torch of that environment is not: see the shims
         found = plain_cases.ask(
             python, folder, asked, tmp_path / name, environment={"PYTHONPATH": str(SHIMS), "TRITON_INTERPRET": "1"}

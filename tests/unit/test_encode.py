@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,3 +145,18 @@ def test_a_clip_of_one_frame_is_refused(tiny, tmp_path, write_clip):
     path = write_clip(tmp_path / "clip.mp4", 1)
     with pytest.raises(ValueError, match=r"clip\.mp4 has 1 frame"):
         read_video(path, tiny.processor.video_processor)
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_a_clip_that_a_phone_has_turned_stands_upright(tiny, tmp_path, write_clip, matrix, turns):
+    """Players turn frames as the display matrix in the file's track header says; OpenCV and ffmpeg gave the same frames."""
+    path = write_clip(tmp_path / "clip.mp4")
+    plain, _ = read_video(path, tiny.processor.video_processor)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # behind the name: version and flags, times, ids, duration, layer, volume
+    a, b, c, d = (value << 16 for value in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frames, _ = read_video(path, tiny.processor.video_processor)
+    assert (frames == np.rot90(plain, turns, axes=(1, 2))).all()
+    assert frames.shape != plain.shape or turns == 2

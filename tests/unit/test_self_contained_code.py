@@ -10,10 +10,10 @@ from nemo_bard.checkpoints import self_contained
 from nemo_bard.checkpoints.self_contained import Source, closure, code, outside, read, rewrite, write_code
 
 MODULES = {
-    "base": "errors registry settings",
+    "base": "copies errors folders names registry settings",
     "cost": "count",
-    "generation": "capture decode engines entry graph kernels parameters prefix products prompt prompt_prefix resolve runner"
-    " sampling session settings steps strategies text",
+    "generation": "adapter_folders adapters capture causal decode engines entry graph kernels low_rank next_token parameters prefix products prompt"
+    " prompt_prefix records resolve runner sampling session settings steps strategies text",
     "method": "chunked layout",
     "model": "attention bard configuration lean sequences vision",
     "upstream": "qwen3_vl torch touched transformers views",
@@ -31,7 +31,8 @@ def test_what_it_is_made_of():
 
 
 def test_it_needs_torch_and_transformers_alone():
-    assert outside(closure()) - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    needed = outside(closure()) - set(sys.stdlib_module_names)
+    assert needed == {"torch", "transformers", "safetensors", "huggingface_hub"}, "the last two come with transformers"
 
 
 def test_no_import_of_the_package_is_left(files):

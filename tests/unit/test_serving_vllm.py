@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_bard.checkpoints.tiny import make_processor, make_tokenizer
 from nemo_bard.generation.sampling import draw_seeds
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.serving.vllm import checks, config
 from nemo_bard.serving.vllm.edges import Edges, segments
+from nemo_bard.serving.vllm.frames import fill_sampling
 from nemo_bard.serving.vllm.rules import Rules, row_seed
 from nemo_bard.upstream import vllm as room
 
@@ -192,3 +194,29 @@ print([name for name in sys.modules if name in heavy])
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", text], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_that_has_ended_adds_nothing_to_the_prefix_cache():
+    """Its last block has the keys of a denoising step."""
+    cached = []
+    manager = SimpleNamespace(cache_blocks=lambda request, tokens: cached.append(tokens))
+    room.keep_unfinished(manager)
+    manager.cache_blocks(SimpleNamespace(is_finished=lambda: False), 32)
+    manager.cache_blocks(SimpleNamespace(is_finished=lambda: True), 64)
+    assert cached == [32]
+
+
+def test_files_of_videos_are_sampled_as_the_checkpoint_says(tmp_path):
+    processor = make_processor(make_tokenizer()).video_processor
+    processor.save_pretrained(tmp_path)
+    model_config = SimpleNamespace(model=str(tmp_path), revision=None, multimodal_config=None)
+    fill_sampling(model_config)  # text only
+    model_config.multimodal_config = SimpleNamespace(media_io_kwargs={})
+    fill_sampling(model_config)
+    assert processor.max_frames == 16
+    expected = {"video_backend": "qwen3_vl", "max_frames": 16}  # fps and min_frames are what vLLM takes by itself
+    assert model_config.multimodal_config.media_io_kwargs == {"video": expected}
+    given = {"image": {"image_mode": "L"}, "video": {"fps": 1, "max_frames": 8}}
+    model_config.multimodal_config.media_io_kwargs = given
+    fill_sampling(model_config)
+    assert model_config.multimodal_config.media_io_kwargs == {**given, "video": {**expected, **given["video"]}}

@@ -54,7 +54,10 @@ def trace() -> Trace:
         record(1, 0, [3, 4, 6], [0.5, 0.6, 0.7], [True, True, True]),
     ]
     output = types.SimpleNamespace(
-        history=history, lengths=torch.tensor([5, 1]), sequences=torch.tensor([[0, 1, 2, 3, 4], [4, 4, 4, 4, 4]])
+        history=history,
+        block_step_counts=torch.tensor([[3, 1], [1, 0]]),
+        lengths=torch.tensor([5, 1]),
+        sequences=torch.tensor([[0, 1, 2, 3, 4], [4, 4, 4, 4, 4]]),
     )
     conversation = [
         {

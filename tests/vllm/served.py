@@ -109,7 +109,7 @@ def clip_references(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
     for path in videos.write_clips(folder, [picture["image"].convert("RGB") for picture, _ in parts]):
         turn = {"role": "user", "content": [{"type": "video", "video": str(path)}, {"type": "text", "text": question}]}
         url = data_url("video/mp4", path.read_bytes())
-        found.append({"url": url, "question": question, **answer(model, processor, turn)})
+        found.append({"url": url, "question": question, "sampling": {}, **answer(model, processor, turn)})
     return found
 
 

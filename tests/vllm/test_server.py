@@ -48,7 +48,7 @@ def stage(request, run, tmp_path_factory):
         answers = pool.submit(served.references, checkpoint, COUNT)  # while the server starts
         clips = pool.submit(served.clip_references, checkpoint, tmp_path_factory.mktemp("clips"))
         with served.serving(served.vllm_python(), checkpoint, log) as url:
-            server = fuzz.Server(url, 120)
+            server = fuzz.Server(url, 300)  # clips at once, on a machine that does other things too
             server.clips = clips.result()
             yield server, answers.result()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.files import sync_tree, write_whole
-from nemo_bard.base.folders import CONFIG, check_model_type
+from nemo_bard.base.folders import CONFIG, check_model_type, read_object
 from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE
 from nemo_bard.checkpoints.convert import check_loads
 from nemo_bard.checkpoints.exporting import older, places, writing
@@ -19,6 +19,7 @@ from nemo_bard.checkpoints.exporting.facts import calibration_folder, read_facts
 from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_companions
 from nemo_bard.checkpoints.exporting.weights import check_complete, expected_shapes
 from nemo_bard.checkpoints.folder import DTYPES, check_target
+from nemo_bard.checkpoints.self_contained import write_code
 from nemo_bard.generation.adapter_folders import adapter_names
 
 GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
@@ -55,6 +56,7 @@ def export(
     base: Path | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    self_contained: bool = False,
     overwrite: bool = False,
     finish: Callable[[Path], list[str]] | None = None,
 ) -> ExportReport:
@@ -70,6 +72,7 @@ def export(
             with; None takes the one that the run names.
         dtype: ``auto`` (each tensor as it is), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: Most bytes of a weight file, such as ``5GB``.
+        self_contained: Put the code of model and decoder in, for those who have transformers alone.
         overwrite: Replace ``target`` if it is a BARD checkpoint or an empty folder.
         finish: Called with the folder when all is in it, before it gets its name; returns further lines of the report.
 
@@ -99,17 +102,14 @@ def export(
         check_room(folder, plan.total_size, target)
         stored = str(plan.dtypes[EMBEDDING]).removeprefix("torch.")
         write_object(folder / CONFIG, with_dtype(config, stored))
-        notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
         take_companions(origin, folder)
         older.spell_companions(folder)
-        facts = read_facts(origin.place, base)
         write_generation(origin, folder)
-        copy_card = origin.place.folder / CARD if not facts.stages else None
-        if copy_card is not None and copy_card.is_file():  # of a folder that no run made
-            shutil.copyfile(copy_card, folder / CARD)
-        else:
-            (folder / CARD).write_text(write_card(target.resolve().name, facts, config), encoding="utf-8")
         check_loads(folder)
+        notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
+        if self_contained:
+            notes.append(f"with its own code: {', '.join(write_code(folder))}")
+        write_readme(origin, folder, target.resolve().name, base=base, self_contained=self_contained)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
         notes += [] if finish is None else finish(folder)
@@ -120,6 +120,24 @@ def export(
     return ExportReport(
         target, origin.place.folder, origin.place.kind, len(plan.files), len(names), plan.total_size, stored, notes
     )
+
+
+def write_readme(origin: Origin, folder: Path, name: str, *, base: Path | None, self_contained: bool) -> None:
+    """Write the model card; one that a folder without a run has is kept.
+
+    Args:
+        origin: What is exported.
+        folder: Gets the card; holds ``config.json``.
+        name: Of the folder to come.
+        base: What the user says that training began with.
+        self_contained: Whether the folder has its own code.
+    """
+    facts, own = read_facts(origin.place, base), origin.place.folder / CARD
+    if not facts.stages and own.is_file():
+        shutil.copyfile(own, folder / CARD)
+        return
+    card = write_card(name, facts, read_object(folder / CONFIG), self_contained=self_contained)
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def progress(total: int) -> Any:

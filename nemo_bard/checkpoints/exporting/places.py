@@ -73,9 +73,10 @@ def find(source: Path, stage: str | None = None) -> Place:
         raise ValueError(f"--stage {stage}: {source} is no run folder of a chain (it has no {IDENTITY})")
     if (source / STARTED).is_file() or ((source / MANIFEST).is_file() and (source / "export").is_dir()):
         return _of_stage(source)
-    for folder in (source, source.parent):  # a checkpoint, or its folder `model`
-        if (source == folder or source.name == "model") and (folder / "model").is_dir():
-            return _of_checkpoint(folder)
+    if not (source / CONFIG).is_file():
+        for folder in (source, source.parent):  # a checkpoint, or its folder `model`
+            if (source == folder or source.name == "model") and (folder / "model").is_dir():
+                return _of_checkpoint(folder)
     if (source / ADAPTER_CONFIG).is_file():
         return with_run(ADAPTERS, source)
     if (source / CONFIG).is_file():

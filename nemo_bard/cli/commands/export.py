@@ -45,6 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--dtype", default="auto", help="float32, bfloat16, float16, or auto: each tensor as it is (default)"
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    parser.add_argument(
+        "--self-contained", action="store_true", help="with the code of model and decoder, for transformers alone"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is a BARD checkpoint")
     return parser
 
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
+        self_contained=args.self_contained,
         overwrite=args.overwrite,
     )
     sys.stdout.write(f"{report}\n")
