@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -25,7 +26,6 @@ from nemo_bard.generation.adapter_folders import (
 )
 from nemo_bard.generation.low_rank import Factors, LowRankLinear
 from nemo_bard.generation.settings import BardGenerationConfig
-from nemo_bard.upstream.transformers import loaded_revision
 
 if TYPE_CHECKING:
     from nemo_bard.generation.protocol import DecodableModel
@@ -38,7 +38,7 @@ class Adapter:
     name: str
     block_size: int
     """That it was trained for."""
-    layers: Mapping[nn.Module, Factors]
+    layers: Mapping[nn.Linear, Factors]
     """Linear layers of the model, and what is added to each."""
 
     def replacements(self) -> dict[nn.Module, tuple[type[nn.Module], dict[str, Any]]]:
@@ -84,7 +84,7 @@ def model_folder(model: DecodableModel) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [CONFIG, "*.safetensors", f"{FOLDER}/*"]  # all but the adapters has been read before
-    return Path(snapshot_download(name, revision=loaded_revision(model.config), allow_patterns=wanted))
+    return Path(snapshot_download(name, allow_patterns=wanted))
 
 
 def has_adapters(model: DecodableModel) -> bool:
@@ -126,11 +126,12 @@ def load_adapter(model: DecodableModel, name: str) -> Adapter:
             place = adapter_folder(folder, name)
             check_base(place, folder)
             layers = _read_layers(model, place)
+            _check_loaded(model, next(iter(layers)), folder)
             known[key] = Adapter(name=name, block_size=read_facts(place)["block_size"], layers=layers)
         return known[key]
 
 
-def _read_layers(model: Any, place: Path) -> dict[nn.Module, Factors]:
+def _read_layers(model: Any, place: Path) -> dict[nn.Linear, Factors]:
     config = read_object(place / ADAPTER_CONFIG)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
@@ -157,6 +158,21 @@ def _read_layers(model: Any, place: Path) -> dict[nn.Module, Factors]:
                 )
             layers[module] = Factors(down, up.float() * (alpha / rank)).like(module.weight)
     return layers
+
+
+def _check_loaded(model: Any, layer: nn.Linear, folder: Path) -> None:
+    """Compare a layer with the file it was loaded from: the model may have been trained since, or be of another revision."""
+    name = next(name for name, module in model.named_modules() if module is layer) + ".weight"
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if name not in weights.keys():  # noqa: SIM118 (not a mapping)
+                continue
+            row = weights.get_slice(name)[:1].float()
+            own = layer.weight[:1].detach().cpu().float()
+            if not torch.allclose(own, row, rtol=2**-7, atol=2**-14 * float(row.abs().max())):  # as bfloat16 rounds
+                raise ValueError(
+                    f"adapter: {name} of this model is not what {folder} has; load the model from there again"
+                )
 
 
 def _module_of(key: str, file: Path) -> str:

@@ -29,11 +29,6 @@ TOUCHED = (
         until="a forward takes its backend as an argument",
     ),
     _read(
-        "transformers.PreTrainedConfig._commit_hash",
-        reason="says which revision of a name on the hub a model was loaded from, for the adapters beside it",
-        until="transformers has a public reader for it",
-    ),
-    _read(
         f"{_QWEN}.Qwen3VLModel.get_rope_index",
         reason="M-RoPE positions of a training row, computed where there is no model",
         until="transformers has it as a function of the configuration",
@@ -108,11 +103,6 @@ def vision_section(config: Qwen3VLConfig) -> Qwen3VLVisionConfig:
 def attn_implementation(config: PreTrainedConfig) -> str | None:
     """The name of the attention backend that a model with this configuration uses."""
     return config._attn_implementation
-
-
-def loaded_revision(config: PreTrainedConfig) -> str | None:
-    """Commit of the hub's repository that a configuration was loaded from, None for a folder."""
-    return getattr(config, "_commit_hash", None)
 
 
 def become_model(model: PreTrainedModel, kind: type[PreTrainedModel]) -> None:

@@ -229,6 +229,14 @@ def test_a_damaged_adapter_is_refused_in_one_line(folder, tmp_path, damage, mess
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_has_changed_since_it_was_loaded(folder):
+    model = load(folder)
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.down_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="mlp.down_proj.weight of this model is not what .* has"):
+        model.generate(PROMPT, adapter="b8", **CALL)
+
+
 def test_names_that_are_not_there(model, golden_model):
     with pytest.raises(ValueError, match="adapter must be one of b4, b8, got 'b88' \\(did you mean 'b8'\\?\\)"):
         model.generate(PROMPT, adapter="b88", **CALL)
