@@ -36,6 +36,7 @@ def export_adapters(
     base: Path | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    self_contained: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the base of LoRA stages with an adapter for each in ``adapters/NAME``; it appears whole or not at all.
@@ -51,6 +52,7 @@ def export_adapters(
         base: What the first LoRA stage began with; None takes what the run says.
         dtype: See ``export``; of the base, adapters are in float32.
         max_shard_size: See ``export``.
+        self_contained: See ``export``.
         overwrite: See ``export``.
 
     Returns:
@@ -72,6 +74,7 @@ def export_adapters(
         target,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        self_contained=self_contained,
         overwrite=overwrite,
         finish=lambda folder: _add(folder, chains, fields),
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -164,6 +167,32 @@ def test_without_an_adapter_the_source_answers(source, model):
     assert all(weight.equal(before[name]) for name, weight in model.named_parameters())
     graphs = [model.generate(PROMPT, adapter=name, decode_path="graph", **CALL) for name in ("b4", "b8", "b4")]
     assert [ids.equal(alone[name]) for name, ids in zip(("b4", "b8", "b4"), graphs, strict=True)] == [True] * 3
+
+
+ALONE = """
+import json, sys
+sys.modules.update(nemo_bard=None, nemo_automodel=None)
+import torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+prompt, call = {name: torch.tensor(ids) for name, ids in json.loads(sys.argv[2]).items()}, json.loads(sys.argv[3])
+print(json.dumps([model.generate(prompt, adapter=name, **call).tolist() for name in (None, "b8")]))
+"""
+
+
+def test_the_code_that_a_folder_brings_along_has_adapters(run, model, tmp_path):
+    """Without this package and NeMo AutoModel."""
+    export_adapters(run, tmp_path / "alone", self_contained=True)
+    prompt = {name: ids.tolist() for name, ids in PROMPT.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "alone", json.dumps(prompt), json.dumps(CALL)],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = [model.generate(PROMPT, adapter=name, **CALL).tolist() for name in (None, "b8")]
+    assert json.loads(done.stdout) == expected
 
 
 def test_settings_of_a_call_and_of_an_adapter(model, folder, recwarn):

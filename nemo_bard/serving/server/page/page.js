@@ -19,6 +19,15 @@ function headers() {
   return { 'content-type': 'application/json', ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
+function choice(facts) {
+  const select = document.createElement('select');
+  select.setAttribute('aria-label', 'Model');
+  select.append(...facts.models.map(model => new Option(model, model)));
+  select.value = facts.model;
+  select.addEventListener('change', () => load(select.value));
+  return select;
+}
+
 async function load(name) {
   try {
     const response = await fetch(`v1/bard${name ? `?model=${encodeURIComponent(name)}` : ''}`, { headers: headers() });
@@ -26,9 +35,7 @@ async function load(name) {
     facts = await response.json();
     el('model').textContent = `${facts.model}, ${facts.block_size} tokens a block`;
     document.title = `${facts.model} - nemo_bard`;
-    el('models').replaceChildren(...facts.models.map(model => new Option(model, model)));
-    el('models').value = facts.model;
-    el('models').hidden = facts.models.length === 1;
+    el('models').replaceChildren(...(facts.models.length > 1 ? [choice(facts)] : []));
     form.build(facts);
     el('key-row').hidden = !el('key').value;
     say('');
@@ -127,7 +134,6 @@ el('ask').addEventListener('submit', event => { event.preventDefault(); ask(); }
 el('stop').addEventListener('click', stop);
 el('reset').addEventListener('click', () => form.reset());
 el('key').addEventListener('change', () => load());
-el('models').addEventListener('change', () => load(el('models').value));
 el('files').addEventListener('change', event => { add([...event.target.files]); event.target.value = ''; });
 document.addEventListener('paste', event => {
   const files = [...event.clipboardData.files];
