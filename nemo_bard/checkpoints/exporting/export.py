@@ -111,7 +111,7 @@ def export(
         check_loads(folder)
         notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
         if self_contained:
-            notes.append(f"with its own code: {', '.join(write_code(folder))}")
+            notes.append(f"with its own code: {len(write_code(folder))} Python files")
         write_readme(facts, origin, folder, target.resolve().name, self_contained=self_contained)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from nemo_bard import __version__
+
 LOADING = """\
 import nemo_bard  # tells transformers about the architecture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "{name}"
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+processor = AutoProcessor.from_pretrained(folder)
 """
 LOADING_ALONE = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "{name}"
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+"""
+OWN_CODE = """\
+`trust_remote_code=True` runs the Python files of this folder: read them, or pin a revision. They are generated from nemo-bard {version}
+and need torch and transformers alone; where `nemo_bard` is imported, its code runs and theirs does not.
 """
 ASKING = """\
-processor = AutoProcessor.from_pretrained(folder)
 messages = [
     {"role": "user", "content": [{"type": "image", "image": "image.png"}, {"type": "text", "text": "What is this?"}]}
 ]
@@ -35,9 +42,10 @@ def generate_section(name: str, *, self_contained: bool) -> str:
         name: Of the folder.
         self_contained: Whether the folder has its own code.
     """
-    needs = "transformers 5 alone" if self_contained else "the package nemo-bard, which brings transformers 5"
+    needs = "torch and transformers >= 5.18" if self_contained else "the package nemo-bard, which brings transformers 5"
     loading = (LOADING_ALONE if self_contained else LOADING).replace("{name}", name)
-    return f"## Generate\n\nNeeds {needs}.\n\n```python\n{loading}{ASKING}```\n"
+    own = "\n" + OWN_CODE.replace("{version}", __version__) if self_contained else ""
+    return f"## Generate\n\nNeeds {needs}.\n\n```python\n{loading}{ASKING}```\n{own}"
 
 
 def serve_section(name: str) -> str:
