@@ -27,14 +27,13 @@ from nemo_bard.checkpoints.folder import (
     read_object,
     weight_files,
 )
+from nemo_bard.generation.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTS, check_base, read_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINING_CONFIG = "config.yaml"
 CONFIG_OVERRIDES = ("block_size", "mask_token_id", "context_attention", "assistant_header_ids", "eos_token_id")
 """Keys of a recipe's ``model`` section that replace those of the base's ``config.json``."""
@@ -111,16 +110,17 @@ def read_adapters(checkpoint: Path) -> Adapters:
     incomplete = sorted(module for module, found in parts.items() if found != {"A", "B"})
     if incomplete or not parts:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: lora_A or lora_B is missing for {(incomplete or ['all'])[0]}")
-    return Adapters(
-        folder, str(config.get("base_model_name_or_path")), alpha / rank, tuple(sorted(parts)), read_overrides(folder)
-    )
+    base = str(config.get("base_model_name_or_path"))
+    if base.startswith("."):  # of an adapter that lies in its base's folder
+        base = str((folder / base).resolve())
+    return Adapters(folder, base, alpha / rank, tuple(sorted(parts)), read_overrides(folder))
 
 
 def read_overrides(folder: Path) -> dict[str, Any]:
     """Read what a run's recipe changed in the model's configuration.
 
     Args:
-        folder: ``model`` of a checkpoint; the recipe is saved beside it.
+        folder: ``model`` of a checkpoint, whose recipe is saved beside it; or an exported adapter, which says it itself.
 
     Returns:
         Keys of ``config.json`` and their values; none where there is no recipe.
@@ -128,6 +128,8 @@ def read_overrides(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it changed the shape of the model.
     """
+    if (folder / FACTS).is_file():
+        return dict(read_facts(folder).get("model") or {})
     file = folder.parent / TRAINING_CONFIG
     if not file.is_file():
         return {}
@@ -180,6 +182,8 @@ def merge(
         )
     config = read_object(base / "config.json")
     check_model_type(config, base / "config.json", [MODEL_TYPE])
+    if (adapters.folder / FACTS).is_file():
+        check_base(adapters.folder, base)
     check_target(base, target, overwrite=overwrite)
     shards = weight_files(base)
     names = {name for shard in shards for name in read_header(base / shard) if name != "__metadata__"}
@@ -195,9 +199,10 @@ def merge(
     with write_whole(target) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(base, folder)
-        for name in ("generation_config.json", WEIGHTS_INDEX):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, folder / name)
+        own = adapters.folder if (adapters.folder / FACTS).is_file() else base
+        for file in (own / "generation_config.json", base / WEIGHTS_INDEX):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         for shard in shards:
             _merge_file(base / shard, folder / shard, adapters, dtype)
         _update_size(folder, shards)

@@ -94,13 +94,18 @@ def read_generation_config(
 ) -> BardGenerationConfig:
     """Return the settings of a model folder with ``overrides``, and check the device, without loading the model.
 
+    Where ``overrides`` name an adapter of the folder, its settings take the place of the folder's own.
+
     Raises:
         ValueError: For an unknown key, a value that is not allowed, or a device that is not there.
     """
     from nemo_bard.evaluation.responder import check_device
+    from nemo_bard.generation.adapters import adapter_settings
     from nemo_bard.generation.settings import BardGenerationConfig
 
     check_device(device)
+    if overrides.get("adapter") is not None:
+        return adapter_settings(folder, overrides["adapter"]).updated(**overrides)
     file = folder / "generation_config.json"
     saved = BardGenerationConfig.from_pretrained(folder) if file.is_file() else None
     return BardGenerationConfig.from_generation_config(saved).updated(**overrides)

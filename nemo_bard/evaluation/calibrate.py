@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nemo_bard.base.settings import check_keys
 from nemo_bard.evaluation.evaluate import EvalResult, Scorer, evaluate
+from nemo_bard.generation.adapters import trained_block_size
 from nemo_bard.generation.parameters import GENERAL, STRATEGIES, calibrated_strategies, strategy_fields
 from nemo_bard.generation.settings import BardGenerationConfig
 
@@ -280,7 +281,7 @@ def calibrate(
     goal = goal if goal is not None else Goal()
     start: BardGenerationConfig = base if base is not None else model.generation_config
     measured = start if max_new_tokens is None else start.updated(max_new_tokens=max_new_tokens)
-    trained = model.config.block_size
+    trained = trained_block_size(model, start.adapter)
     present = current_setting(start, trained)
     settings = list(dict.fromkeys([present, *grid]))
     results: dict[Setting, EvalResult] = {}
@@ -385,11 +386,11 @@ def write_results(calibration: Calibration, folder: str | Path) -> list[Path]:
 
 
 def write_into_model(calibration: Calibration, folder: str | Path) -> Path | None:
-    """Put the chosen setting into a model folder; the file that was there is kept under another name.
+    """Put the chosen setting into a model folder, or of an adapter into its own; the file that was there is kept.
 
     Args:
         calibration: The sweep.
-        folder: Checkpoint folder.
+        folder: Checkpoint folder, or the adapter's.
 
     Returns:
         Where the earlier file is now (``BACKUP_NAME``, with a number if that name is taken), None if there was none.
@@ -400,7 +401,7 @@ def write_into_model(calibration: Calibration, folder: str | Path) -> Path | Non
         backup = next(path for path in _backup_names(folder) if not path.exists())
         backup.write_bytes(file.read_bytes())
         file.unlink()  # a hard link to another checkpoint's file must not be written through
-    calibration.config.save_pretrained(folder)
+    calibration.config.updated(adapter=None).save_pretrained(folder)  # an adapter's folder says which it is
     return backup
 
 

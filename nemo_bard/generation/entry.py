@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
 from nemo_bard.base.errors import unknown_name
+from nemo_bard.generation.adapters import call_settings
 from nemo_bard.generation.decode import Decoder, DecodeResult, Hooks, StepRecord
 from nemo_bard.generation.next_token import NextTokenDecoder
 from nemo_bard.generation.prompt import PROMPT_KEYS, prepare_prompt
@@ -142,7 +143,7 @@ def generate(
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, dict[str, Any]] | BardGenerateOutput:
     """Decode responses; see ``BardVLForConditionalGeneration.generate``."""
-    base = generation_config if generation_config is not None else model.generation_config
+    base = generation_config if generation_config is not None else call_settings(model, kwargs.get("adapter"))
     if not isinstance(base, BardGenerationConfig):
         raise ValueError(f"generation_config must be a BardGenerationConfig, got {type(base).__name__}")
     prompt_tensors, overrides = split_arguments(inputs, kwargs, base.remasking_strategy)

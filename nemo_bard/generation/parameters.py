@@ -24,6 +24,7 @@ from nemo_bard.base.settings import (
     number,
     reference,
     setting,
+    text,
 )
 from nemo_bard.generation.strategies import (
     Autoregressive,
@@ -144,6 +145,11 @@ class GenerationSettings:
     )
     remasking_strategy: str = setting(
         "low_confidence_dynamic", choice(lambda: STRATEGIES, dotted=True), "how a step picks the tokens to fix"
+    )
+    adapter: str | None = setting(
+        None,
+        text(optional=True),
+        "LoRA adapter of the model's folder, such as b32, with its own settings where none are given; null is none",
     )
     edit_threshold: float | None = setting(
         None, _or_none(fraction()), "replace a visible token of the current block above this probability, in (0, 1]"

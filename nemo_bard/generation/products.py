@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from nemo_bard.generation.low_rank import LowRankLinear
 from nemo_bard.method.chunked import OutputHead
 
 FEWEST_ROWS, MOST_ROWS = 4, 320
@@ -61,6 +62,14 @@ class TurnedLinear(nn.Linear):
         return turned_linear(input, self.weight, self.bias)
 
 
+class TurnedLowRankLinear(LowRankLinear):
+    """A linear layer with an adapter beside it that computes ``turned_linear``; the small products stay torch's."""
+
+    def product(self, input: Tensor) -> Tensor:
+        """``[..., V]`` of ``[..., H]``."""
+        return turned_linear(input, self.weight, self.bias)
+
+
 class TurnedHead(OutputHead):
     """An LM head that computes ``turned_linear``."""
 
@@ -69,5 +78,9 @@ class TurnedHead(OutputHead):
         return super().forward(input, turned_linear if output_fn is None else output_fn)
 
 
-TURNED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: TurnedLinear, OutputHead: TurnedHead}
+TURNED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: TurnedLinear,
+    LowRankLinear: TurnedLowRankLinear,
+    OutputHead: TurnedHead,
+}
 """What takes the place of a layer of exactly this class."""

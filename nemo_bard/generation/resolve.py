@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_bard.base.registry import import_dotted
+from nemo_bard.generation.adapters import Adapter, has_adapters, load_adapter
 from nemo_bard.generation.parameters import ENGINES, NEXT_TOKEN_ENGINES, NO_END, GenerationSettings
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list, check_mask_token_id
 from nemo_bard.generation.strategies import Strategy
@@ -33,6 +34,7 @@ class DecodeSettings:
     context_attention: str
     engine: type
     compile_step: bool
+    adapter: Adapter | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -48,7 +50,8 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
     """
     given, strategy = config.resolve()
     model_config = model.config
-    trained = getattr(model_config, "block_size", None)
+    adapter = None if given.adapter is None else load_adapter(model, given.adapter)
+    trained = getattr(model_config, "block_size", None) if adapter is None else adapter.block_size
     block_size = given.block_size if given.block_size is not None else trained
     if block_size is None:
         raise ValueError("block_size is set neither in the call nor in the model's config.json; pass block_size=")
@@ -84,18 +87,21 @@ def resolve_settings(model: DecodableModel, config: BardGenerationConfig) -> Dec
         turn_end_ids=tuple(turn_end_ids),
         pad_token_id=pad,
         context_attention=model_config.context_attention,
-        engine=_next_token_engine(given, model_config)
+        engine=_next_token_engine(given, model)
         if strategy.by_next_token
         else ENGINES.get("graph" if is_graph else given.decode_path),
         compile_step=is_static and (on_cuda if given.compile_step is None else given.compile_step),
+        adapter=adapter,
     )
 
 
-def _next_token_engine(given: GenerationSettings, model_config: Any) -> type:
-    if model_config.context_attention != "causal":
+def _next_token_engine(given: GenerationSettings, model: DecodableModel) -> type:
+    found = model.config.context_attention
+    if found != "causal":
+        hint = "; name one of its adapters with adapter=" if given.adapter is None and has_adapters(model) else ""
         raise ValueError(
             f"remasking_strategy={given.remasking_strategy} needs a checkpoint with context_attention: causal, this one"
-            f" has {model_config.context_attention}"
+            f" has {found}{hint}"
         )
     return import_dotted(NEXT_TOKEN_ENGINES[given.decode_path])
 

@@ -164,7 +164,10 @@ class Session:
         self.prompt, self.settings = prompt, settings
         attention = getattr(settings.engine, "attention", None)
         classes = getattr(settings.engine, "layers", None)
-        self.model = view(model, model.decoding_attention, text_attention=attention, classes=classes)
+        replacements = None if settings.adapter is None else settings.adapter.replacements()
+        self.model = view(
+            model, model.decoding_attention, text_attention=attention, classes=classes, replacements=replacements
+        )
         """The model in evaluation mode with the attention backend of decoding."""
         self._shared = model
         self._borrowed: list[Kept] = []

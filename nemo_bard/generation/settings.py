@@ -45,6 +45,7 @@ class BardGenerationConfig(GenerationConfig):
     _TOKEN_IDS: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     block_size: int | None
     remasking_strategy: str
+    adapter: str | None
     return_step_stats: bool
 
     def __init__(self, **kwargs: Any) -> None:

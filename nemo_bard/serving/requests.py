@@ -28,6 +28,7 @@ LONGEST_TEXT = 100
 ELSEWHERE = {
     "max_new_tokens": "use max_tokens (or max_completion_tokens)",
     "eos_token_id": "use stop",
+    "adapter": "name a model of /v1/models; of the local server an adapter is one, such as NAME:b32",
 }
 """Settings of ``generate`` that a request has another key for."""
 REFUSED = (

@@ -17,9 +17,17 @@ from torch import nn
 
 M = TypeVar("M")
 Classes = Mapping[type[nn.Module], type[nn.Module]]
+Replacements = Mapping[nn.Module, tuple[type[nn.Module], Mapping[str, Any]]]
 
 
-def view(model: M, attention: str, *, text_attention: str | None = None, classes: Classes | None = None) -> M:
+def view(
+    model: M,
+    attention: str,
+    *,
+    text_attention: str | None = None,
+    classes: Classes | None = None,
+    replacements: Replacements | None = None,
+) -> M:
     """Copy the modules of a model, in evaluation mode and with another attention backend.
 
     Args:
@@ -27,6 +35,8 @@ def view(model: M, attention: str, *, text_attention: str | None = None, classes
         attention: Name of the backend.
         text_attention: Another one for the language model.
         classes: What the copy of a module of exactly this class becomes, a subclass of it.
+        replacements: What the copies of single modules become: a subclass of the module's class, with further fields.
+            ``classes`` is looked at after that.
 
     Returns:
         The copy. Parameters and hooks are the model's own, whatever happens to them; buffers are the same tensors until a
@@ -41,24 +51,33 @@ def view(model: M, attention: str, *, text_attention: str | None = None, classes
             part._attn_implementation_internal = (text_attention if name == "text_config" else None) or attention
             configs[id(getattr(config, name))] = part
             setattr(config, name, part)
-    return _copy(root, configs, classes or {}, {})
+    return _Copies(configs, classes or {}, replacements or {}).of(root)
 
 
-def _copy(module: nn.Module, configs: dict[int, Any], classes: Classes, done: dict[int, Any]) -> Any:
-    if id(module) in done:
-        return done[id(module)]
-    twin = done[id(module)] = object.__new__(classes.get(type(module), type(module)))
-    fields = dict(module.__dict__)
-    fields["training"] = False
-    fields["_compiled_call_impl"] = None
-    fields["_buffers"] = dict(module._buffers)
-    fields["_modules"] = {
-        name: None if child is None else _copy(child, configs, classes, done) for name, child in module._modules.items()
-    }
-    if "config" in fields:
-        fields["config"] = configs.get(id(fields["config"]), fields["config"])
-    twin.__dict__ = fields
-    return twin
+class _Copies:
+    """Copies of modules, one of each."""
+
+    def __init__(self, configs: dict[int, Any], classes: Classes, replacements: Replacements) -> None:
+        self.configs, self.classes, self.replacements = configs, classes, replacements
+        self.done: dict[int, Any] = {}
+
+    def of(self, module: nn.Module) -> Any:
+        """The copy of a module and of all in it."""
+        if id(module) in self.done:
+            return self.done[id(module)]
+        kind, more = self.replacements.get(module, (type(module), {}))
+        twin = self.done[id(module)] = object.__new__(self.classes.get(kind, kind))
+        fields = {**module.__dict__, **more}
+        fields["training"] = False
+        fields["_compiled_call_impl"] = None
+        fields["_buffers"] = dict(module._buffers)
+        fields["_modules"] = {
+            name: None if child is None else self.of(child) for name, child in module._modules.items()
+        }
+        if "config" in fields:
+            fields["config"] = self.configs.get(id(fields["config"]), fields["config"])
+        twin.__dict__ = fields
+        return twin
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:

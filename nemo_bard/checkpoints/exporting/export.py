@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_com
 from nemo_bard.checkpoints.exporting.weights import check_complete, expected_shapes
 from nemo_bard.checkpoints.folder import DTYPES, check_target
 from nemo_bard.checkpoints.self_contained import write_code
+from nemo_bard.generation.adapter_folders import adapter_names
 
 GENERATION_CONFIG = "generation_config.json"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -58,6 +60,7 @@ def export(
     max_shard_size: str = "5GB",
     self_contained: bool = False,
     overwrite: bool = False,
+    finish: Callable[[Path], list[str]] | None = None,
 ) -> ExportReport:
     """Write the Hugging Face folder of a training checkpoint to ``target``; it appears whole or not at all.
 
@@ -73,6 +76,7 @@ def export(
         max_shard_size: Most bytes of a weight file, such as ``5GB``.
         self_contained: Put the code of model and decoder in, for those who have transformers alone.
         overwrite: Replace ``target`` if it is a BARD checkpoint or an empty folder.
+        finish: Called with the folder when all is in it, before it gets its name; returns further lines of the report.
 
     Returns:
         What was written.
@@ -111,6 +115,10 @@ def export(
         write_readme(facts, origin, folder, target.resolve().name, self_contained=self_contained)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
+        notes += [] if finish is None else finish(folder)
+        kept = adapter_names(origin.place.folder)
+        if kept:
+            notes.append(f"not taken over: the adapters {', '.join(kept)} of {origin.place.folder}")
         sync_tree(folder)
     return ExportReport(
         target, origin.place.folder, origin.place.kind, len(plan.files), len(names), plan.total_size, stored, notes

@@ -114,6 +114,11 @@ def public_name(value: str) -> str:
 
 
 # ------------------ one stage ------------------
+def began_with(place: Place) -> str | None:
+    """What the step that made a checkpoint began with: a folder, or a name on the hub; None if no file says."""
+    return _read_stage(place)[1]
+
+
 def _read_stage(place: Place) -> tuple[StageFacts | None, str | None]:
     """What is known of the step that made a checkpoint, and what it began with: a folder, or a name on the hub."""
     record = {} if place.stage is None else read_json(place.stage / places.MANIFEST) or {}

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_bard.base.folders import CONFIG
 from nemo_bard.checkpoints.folder import check_checkpoint
 from nemo_bard.cli import options
 from nemo_bard.cli.commands.evaluate import DATA_HELP, SCORER_HELP
+from nemo_bard.generation.adapter_folders import FACTS, adapter_folder
 from nemo_bard.generation.parameters import STRATEGIES, calibrated_strategies, strategy_fields
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_model_flags(parser)
+    parser.add_argument("--adapter", metavar="NAME", help="LoRA adapter of the folder, which is calibrated by itself")
     parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--limit", type=options.positive, metavar="N", help="first N samples only")
     parser.add_argument("--batch-size", type=options.positive, default=8, metavar="N", help="(default: 8)")
@@ -123,13 +126,16 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bard.evaluation.responder import load_checkpoint
 
     goal = calibrate.Goal(tolerance=args.tolerance, objective=args.objective, baseline=args.baseline)
-    base = options.read_generation_config(args.model, {}, device=args.device)
-    trained = json.loads((args.model / "config.json").read_text(encoding="utf-8")).get("block_size")
+    chosen = {} if args.adapter is None else {"adapter": args.adapter}
+    base = options.read_generation_config(args.model, chosen, device=args.device)
+    place = args.model if args.adapter is None else adapter_folder(args.model, args.adapter)
+    said = CONFIG if args.adapter is None else FACTS
+    trained = json.loads((place / said).read_text(encoding="utf-8")).get("block_size")
     sizes = args.block_sizes
     if sizes is None:
         sizes = [base.block_size if base.block_size is not None else trained]
         if sizes == [None]:
-            raise ValueError(f"{args.model}/config.json has no block_size; pass --block-sizes")
+            raise ValueError(f"{place / said} has no block_size; pass --block-sizes")
     grid = calibrate.make_grid(
         sizes,
         steps=args.steps,
@@ -160,9 +166,9 @@ def run(args: argparse.Namespace) -> int:
     for file in calibrate.write_results(result, args.output):
         sys.stdout.write(f"wrote {file}\n")
     if args.write:
-        backup = calibrate.write_into_model(result, args.model)
+        backup = calibrate.write_into_model(result, place)
         kept = f" (the earlier one is {backup.name})" if backup is not None else ""
-        sys.stdout.write(f"wrote {args.model / 'generation_config.json'}{kept}\n")
+        sys.stdout.write(f"wrote {place / 'generation_config.json'}{kept}\n")
     return 0
 
 

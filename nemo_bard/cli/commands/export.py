@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from nemo_bard.cli import options
@@ -12,6 +13,10 @@ _EPILOG = """\
 SRC is a chain's run folder (its last finished stage, or --stage), a stage, a checkpoint of a training run or the folder
 around it (LATEST), or a BARD folder. Sharded weights of an interrupted run are put together, LoRA adapters are added to
 their base. Weights are read and written one tensor at a time; DST appears whole or not at all.
+
+With --adapter DST gets the weights that the first LoRA stage began with, and adapters/NAME for each LoRA stage of SRC, or
+those of --stage; an adapter holds what all LoRA stages up to its own have learnt. NAME is b and the block size:
+  nemo-bard generate --model DST --adapter b32 --prompt "..."     nemo-bard merge DST/adapters/b32 WHOLE
 """
 
 
@@ -28,7 +33,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.error = options.raise_error
     parser.add_argument("source", metavar="SRC", type=Path, help="run, stage, checkpoint or folder; see below")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
-    parser.add_argument("--stage", metavar="NAME", help="stage of a run folder (default: the last finished one)")
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="stage of a run folder (default: the last finished one); with --adapter it may be repeated (default: all)",
+    )
+    parser.add_argument("--adapter", action="store_true", help="keep LoRA stages as adapters on their base; see below")
     parser.add_argument(
         "--base", metavar="DIR", type=Path, help="checkpoint that training began with (default: the one the run names)"
     )
@@ -48,12 +60,19 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bard.upstream.console import hush
 
     hush()
+    from nemo_bard.checkpoints.adapters import export_adapters
     from nemo_bard.checkpoints.exporting.export import export
 
-    report = export(
+    if not args.adapter and len(args.stage) > 1:
+        raise ValueError(f"--stage may be given once without --adapter, got {', '.join(args.stage)}")
+    make = (
+        partial(export_adapters, stages=args.stage)
+        if args.adapter
+        else partial(export, stage=args.stage[0] if args.stage else None)
+    )
+    report = make(
         args.source,
         args.target,
-        stage=args.stage,
         base=args.base,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,

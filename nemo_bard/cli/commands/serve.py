@@ -14,6 +14,7 @@ from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.settings import add_flags, given_flags
 from nemo_bard.checkpoints.folder import check_checkpoint
 from nemo_bard.cli import options
+from nemo_bard.generation.adapter_folders import adapter_names
 from nemo_bard.serving.limits import PIXELS_VARIABLE
 from nemo_bard.serving.server.settings import KEY_VARIABLE, ServerSettings, key_from_environment
 from nemo_bard.serving.vllm_command import has_vllm, vllm_command
@@ -27,7 +28,8 @@ _EPILOG = """\
 Where vLLM is installed its server is started, with the arguments behind -- as they are:
   nemo-bard serve DIR -- --max-num-seqs 32
 Elsewhere a small server for one user answers one request at a time, with a web page at /. Both have /v1/chat/completions,
-/v1/models, /health and /metrics, and take decode settings in "vllm_xargs"; images come as data: URLs.
+/v1/models, /health and /metrics, and take decode settings in "vllm_xargs"; images come as data: URLs. In the small server an
+adapter of the folder (adapters/b32) is a model of its own, NAME:b32.
 """
 
 
@@ -94,6 +96,12 @@ def start_vllm(args: argparse.Namespace, settings: ServerSettings, given: dict[s
         name = local[0].replace("_", "-")
         raise ValueError(
             f"--{name} is of the local server, and this is vLLM's (--engine local, or vLLM's own behind --)"
+        )
+    adapters = adapter_names(args.model)
+    if adapters:
+        sys.stderr.write(
+            f"{args.model}: vLLM does not serve its adapters ({', '.join(adapters)}); --engine local does, and `nemo-bard merge"
+            f" {args.model}/adapters/{adapters[-1]} WHOLE` makes a checkpoint for vLLM\n"
         )
     dtype = [] if args.dtype == "auto" else ["--dtype", args.dtype]
     command = vllm_command(

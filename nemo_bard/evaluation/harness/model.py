@@ -28,6 +28,7 @@ from nemo_bard.evaluation.harness.arguments import (
 from nemo_bard.evaluation.harness.messages import read_messages, user_turn
 from nemo_bard.evaluation.likelihood import resolve_method, response_likelihood
 from nemo_bard.evaluation.responder import Answer, BlockDiffusionResponder, load_checkpoint
+from nemo_bard.generation.adapters import call_settings
 from nemo_bard.generation.settings import BardGenerationConfig
 
 
@@ -99,7 +100,7 @@ class BardVL(lmms):
         self.net, self.processor = load_checkpoint(self.settings.pretrained, device=device, dtype=self.settings.dtype)
         self.device: torch.device = self.net.device  # where lmms-eval puts what its processes exchange
         _resize_as_told(self.processor, self.settings)
-        self.config: BardGenerationConfig = self.net.generation_config.updated(**overrides)
+        self.config: BardGenerationConfig = call_settings(self.net, overrides.get("adapter")).updated(**overrides)
         self.method = resolve_method(self.settings.loglikelihood, self.net.config.context_attention)
         self._told: set[str] = set()
 
@@ -215,7 +216,15 @@ class BardVL(lmms):
         Where a task is ``multiple_choice``, lmms-eval 0.7 chooses the continuation with the least number, so that it gets
         the negative; with ``loglikelihood`` the log-probability itself. Pairs are results' texts, because lmms-eval 0.7.3
         turns a bare pair into a string (``unwrap_generation_output``), which its scoring then cannot read.
+
+        Raises:
+            ValueError: With an adapter, or for a request of another kind.
         """
+        if self.config.adapter is not None:
+            raise ValueError(
+                f"adapter={self.config.adapter!r}: tasks that ask for likelihoods need a whole checkpoint; make one with"
+                " `nemo-bard merge DIR/adapters/NAME WHOLE`"
+            )
         logger.info(self._method_line())
         results: list[GenerationResult] = []
         prompt, inputs, greedy = None, None, []

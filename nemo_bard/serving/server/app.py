@@ -22,6 +22,7 @@ from nemo_bard.serving.server.completions import Completions
 from nemo_bard.serving.server.errors import ApiError, error_body
 from nemo_bard.serving.server.intake import check_key
 from nemo_bard.serving.server.metrics import Metrics
+from nemo_bard.serving.server.served import Served
 from nemo_bard.serving.server.settings import ServerSettings
 from nemo_bard.serving.server.worker import DecodingThread
 
@@ -79,7 +80,10 @@ def make_app(model: Any, processor: Any, name: str, settings: ServerSettings) ->
 
 
 def _add_facts(app: FastAPI, preparer: Preparer, settings: ServerSettings, metrics: Metrics) -> None:
-    card = {"id": preparer.name, "object": "model", "created": 0, "owned_by": "nemo_bard"}
+    def find(name: str) -> Served:
+        if name not in preparer.served:
+            raise ApiError(404, f"the model {name[:60]!r} is not here", param="model", code="model_not_found")
+        return preparer.served[name]
 
     @app.get("/health")
     async def health() -> Response:
@@ -92,27 +96,27 @@ def _add_facts(app: FastAPI, preparer: Preparer, settings: ServerSettings, metri
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         check_key(request, settings.api_key)
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [served.card() for served in preparer.served.values()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
         check_key(request, settings.api_key)
-        if name != preparer.name:
-            raise ApiError(404, f"the model {name[:60]!r} is not here", param="model", code="model_not_found")
-        return card
+        return find(name).card()
 
     @app.get("/v1/bard")
-    async def bard(request: Request) -> dict[str, Any]:
-        """What the page has to know."""
+    async def bard(request: Request, model: str | None = None) -> dict[str, Any]:
+        """What the page has to know of a model, the first one if none is named."""
         check_key(request, settings.api_key)
+        served = preparer.first if model is None else find(model)
         limits = ("max_pixels", "max_images", "max_tokens", "max_prompt_tokens", "max_body", "max_queue")
         return {
-            "model": preparer.name,
-            "block_size": preparer.block_size,
-            "max_tokens": preparer.max_tokens,
+            "model": served.name,
+            "models": list(preparer.served),
+            "block_size": served.block_size,
+            "max_tokens": served.max_tokens,
             "limits": {limit: getattr(settings, limit) for limit in limits},
-            "settings": page_settings(preparer.config, preparer.strategies),
-            "strategies": {strategy: list(strategy_fields(strategy)) for strategy in preparer.strategies},
+            "settings": page_settings(served.config, served.strategies),
+            "strategies": {strategy: list(strategy_fields(strategy)) for strategy in served.strategies},
         }
 
 

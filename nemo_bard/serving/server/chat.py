@@ -14,13 +14,13 @@ from nemo_bard.data.conversation import check_encodable, parse_record
 from nemo_bard.data.encode import encode_prompts
 from nemo_bard.data.images import image_size, read_image
 from nemo_bard.data.media import MediaSource, media_source
-from nemo_bard.generation.parameters import STRATEGIES, denoising_strategies
 from nemo_bard.generation.resolve import DecodeSettings, resolve_settings
 from nemo_bard.generation.settings import BardGenerationConfig
 from nemo_bard.serving.body import Asked, check_body
 from nemo_bard.serving.requests import BadRequest
 from nemo_bard.serving.server.errors import ApiError
 from nemo_bard.serving.server.fetch import fetch
+from nemo_bard.serving.server.served import Served, served_models
 from nemo_bard.serving.server.settings import ServerSettings
 
 DRAFTS = "bard_drafts"
@@ -40,6 +40,8 @@ class Prepared:
     batch: Any
     """What the processor returned."""
     prompt_tokens: int
+    served: Served
+    """What it asks."""
     config: BardGenerationConfig
     settings: DecodeSettings
 
@@ -50,20 +52,16 @@ class Preparer:
     Args:
         model: ``BardVLForConditionalGeneration``.
         processor: Its processor.
-        name: Name of the model in requests.
+        name: Name of the model in requests; an adapter ``b32`` of its folder is ``NAME:b32``.
         settings: Limits.
     """
 
     def __init__(self, model: Any, processor: Any, name: str, settings: ServerSettings) -> None:
-        self.model, self.processor, self.name, self.settings = model, processor, name, settings
+        self.model, self.processor, self.settings = model, processor, settings
         self._lock = threading.Lock()
-        self.config: BardGenerationConfig = model.generation_config
-        resolved = resolve_settings(model, self.config)
-        self.block_size = resolved.block_size
-        self.strategies = list(STRATEGIES) if resolved.context_attention == "causal" else denoising_strategies()
-        """Those that the model can be decoded with."""
-        self.max_tokens = min(self.config.resolve()[0].max_new_tokens, settings.max_tokens)
-        """Where a request says nothing."""
+        self.served = served_models(model, name, settings)
+        self.first = next(iter(self.served.values()))
+        """For requests that name none."""
 
     def prepare(self, raw: bytes) -> Prepared:
         """Check a body and encode its prompt.
@@ -73,9 +71,12 @@ class Preparer:
         """
         try:
             body = parse_json(raw)
-            asked = check_body(body, block_size=self.block_size, defaults=vars(self.config), extensions=(DRAFTS,))
+            name = body.get("model") if isinstance(body, Mapping) else None
+            served = self.served.get(name, self.first) if isinstance(name, str) else self.first
+            defaults = vars(served.config)
+            asked = check_body(body, block_size=served.block_size, defaults=defaults, extensions=(DRAFTS,))
             drafts = self._check_keys(body, asked)
-            config = self._config(asked)
+            config = self._config(asked, served)
             resolved = resolve_settings(self.model, config)
             conversation = self._conversation(body)
             with self._lock:  # what tokenizers write is the state of one
@@ -87,12 +88,22 @@ class Preparer:
             raise ApiError(400, one_line(error), param=param) from error
         tokens = batch["input_ids"].shape[1]
         self._check_length(tokens)
-        return Prepared(asked=asked, drafts=drafts, batch=batch, prompt_tokens=tokens, config=config, settings=resolved)
+        return Prepared(
+            asked=asked,
+            drafts=drafts,
+            batch=batch,
+            prompt_tokens=tokens,
+            served=served,
+            config=config,
+            settings=resolved,
+        )
 
     def _check_keys(self, body: Mapping[str, Any], asked: Asked) -> bool:
         """Check what only this server has to say something to; returns whether drafts are wanted."""
-        if body.get("model", self.name) != self.name:
-            message = f"the model {short(body['model'])} is not here; this server has {self.name!r}"
+        name = body.get("model", self.first.name)
+        if not isinstance(name, str) or name not in self.served:
+            has = ", ".join(repr(one) for one in self.served)
+            message = f"the model {short(name)} is not here; this server has {has}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if asked.n != 1:
             raise BadRequest(f"n must be 1, this server gives one answer a request, got {asked.n}", "n")
@@ -101,12 +112,12 @@ class Preparer:
             raise BadRequest(f"{DRAFTS} must be true or false, got {short(drafts)}", DRAFTS)
         return bool(drafts)
 
-    def _config(self, asked: Asked) -> BardGenerationConfig:
-        wanted = self.max_tokens if asked.max_tokens is None else asked.max_tokens
+    def _config(self, asked: Asked, served: Served) -> BardGenerationConfig:
+        wanted = served.max_tokens if asked.max_tokens is None else asked.max_tokens
         if wanted > self.settings.max_tokens:
             most = self.settings.max_tokens
             raise BadRequest(f"max_tokens must be at most {most} here (--max-tokens), got {wanted}", "max_tokens")
-        return self.config.updated(**asked.settings, max_new_tokens=wanted)
+        return served.config.updated(**asked.settings, max_new_tokens=wanted)
 
     def _check_length(self, tokens: int) -> None:
         most = self.settings.max_prompt_tokens

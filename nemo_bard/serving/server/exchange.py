@@ -36,7 +36,7 @@ class Exchange:
     def __init__(self, thread: DecodingThread, preparer: Preparer, metrics: Metrics, arrived: float) -> None:
         self.thread, self.preparer, self.metrics, self.arrived = thread, preparer, metrics, arrived
         self.tokenizer = preparer.processor.tokenizer
-        self.form = AnswerForm(preparer.name)
+        self.form = AnswerForm(preparer.first.name)
         self.cancelled = threading.Event()
         self.events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         """What is to be streamed; None at the end."""
@@ -57,6 +57,7 @@ class Exchange:
             Cancelled: If it was.
         """
         prepared = await asyncio.to_thread(self.preparer.prepare, raw)
+        self.form.model = prepared.served.name
         text = ResponseText(self.tokenizer, prepared.asked.stop)
         decoding = asyncio.ensure_future(self.thread.run(self._job(prepared, text)))
         decoding.add_done_callback(lambda _: self.events.put_nowait(None))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
+from nemo_bard.generation.adapter_folders import adapter_names
 from nemo_bard.generation.parameters import NO_END, STRATEGIES, denoising_strategies, setting_fields
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list
 from nemo_bard.model.configuration import BardVLConfig
@@ -35,6 +37,9 @@ def is_bard(model_config: Any) -> bool:
     return isinstance(model_config.hf_config, ServedBardVLConfig)
 
 
+_MERGE = "make a whole checkpoint with `nemo-bard merge DIR/adapters/NAME WHOLE`"
+
+
 def read_defaults(model_config: Any) -> dict[str, Any]:
     """The decode settings of a server, by name: defaults, ``generation_config.json``, ``--override-generation-config``.
 
@@ -55,7 +60,13 @@ def read_defaults(model_config: Any) -> dict[str, Any]:
             config = BardGenerationConfig()
     override = model_config.override_generation_config
     config = config.updated(**{name: value for name, value in override.items() if name not in VLLM_DEFAULTS})
+    if config.adapter is not None:
+        raise ValueError(f"adapter={config.adapter!r} is not for vLLM; {_MERGE}")
     if STRATEGIES.get(config.remasking_strategy).by_next_token:
+        if adapter_names(Path(model_config.model)):
+            raise ValueError(
+                f"{model_config.model} decodes by block diffusion with its adapters alone, which vLLM does not take; {_MERGE}"
+            )
         raise ValueError(
             f"remasking_strategy must be one of {', '.join(denoising_strategies())} with vLLM, got"
             f" {config.remasking_strategy!r}; pass --override-generation-config"

@@ -19,13 +19,23 @@ function headers() {
   return { 'content-type': 'application/json', ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-async function load() {
+function choice(facts) {
+  const select = document.createElement('select');
+  select.setAttribute('aria-label', 'Model');
+  select.append(...facts.models.map(model => new Option(model, model)));
+  select.value = facts.model;
+  select.addEventListener('change', () => load(select.value));
+  return select;
+}
+
+async function load(name) {
   try {
-    const response = await fetch('v1/bard', { headers: headers() });
+    const response = await fetch(`v1/bard${name ? `?model=${encodeURIComponent(name)}` : ''}`, { headers: headers() });
     if (!response.ok) throw await failure(response);
     facts = await response.json();
     el('model').textContent = `${facts.model}, ${facts.block_size} tokens a block`;
     document.title = `${facts.model} - nemo_bard`;
+    el('models').replaceChildren(...(facts.models.length > 1 ? [choice(facts)] : []));
     form.build(facts);
     el('key-row').hidden = !el('key').value;
     say('');
@@ -123,7 +133,7 @@ function stop() {
 el('ask').addEventListener('submit', event => { event.preventDefault(); ask(); });
 el('stop').addEventListener('click', stop);
 el('reset').addEventListener('click', () => form.reset());
-el('key').addEventListener('change', load);
+el('key').addEventListener('change', () => load());
 el('files').addEventListener('change', event => { add([...event.target.files]); event.target.value = ''; });
 document.addEventListener('paste', event => {
   const files = [...event.clipboardData.files];
