@@ -68,8 +68,8 @@ class TestRefused:
             ({"edit_threshold": 0.9, "max_post_edit_steps": -1}, "max_post_edit_steps must be an integer >= 0, got -1"),
             (
                 {"remasking_strategy": "low_confidence_dynmic"},
-                r"remasking_strategy must be one of low_confidence_static, low_confidence_dynamic, entropy_bound, "
-                r"got 'low_confidence_dynmic' \(did you mean 'low_confidence_dynamic'\?\)",
+                r"remasking_strategy must be one of low_confidence_static, low_confidence_dynamic, entropy_bound, autoregressive, "
+                r"self_speculative, got 'low_confidence_dynmic' \(did you mean 'low_confidence_dynamic'\?\)",
             ),
             ({"decode_path": "slow"}, "decode_path must be one of fast, graph, plain, got 'slow'"),
             ({"suppress_mask_token": "yes"}, "suppress_mask_token must be true or false, got 'yes'"),
