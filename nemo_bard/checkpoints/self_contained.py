@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoConfig": f"{ENTRIES['nemo_bard.model.configuration']}.{CONFIG_CLASS}",
     "AutoModelForImageTextToText": f"{ENTRIES[ROOT]}.{MODEL_CLASS}",
 }
+_WAY = f"what a checkpoint folder brings along must be imported with `from {PACKAGE}.room.module import name`"
 LICENSE = "# SPDX-License-Identifier: Apache-2.0"
 
 
@@ -117,7 +118,11 @@ def read(name: str) -> Source:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
         raise ValueError(f"{name} is no module with a source that a checkpoint folder can bring along")
-    text = Path(spec.origin).read_text(encoding="utf-8")
+    return parse(name, Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def parse(name: str, text: str) -> Source:
+    """Read the text of a module with this dotted name."""
     tree = ast.parse(text)
     return Source(name, text, tree, frozenset(_for_type_checkers(tree)))
 
@@ -145,9 +150,6 @@ def own_imports(source: Source) -> list[tuple[ast.ImportFrom, str]]:
         ):
             raise ValueError(f"{source.name}:{node.lineno}: {_WAY}")
     return found
-
-
-_WAY = f"what a checkpoint folder brings along must be imported with `from {PACKAGE}.room.module import name`"
 
 
 def rewrite(source: Source, known: frozenset[str]) -> str:

@@ -2,7 +2,8 @@
 
 Runs the pipeline ``bard_tiny`` on real images of handwritten digits: a tiny Qwen3-VL learns to read them token by token (the
 stand-in for a Qwen3-VL checkpoint), is converted, trained as a block-diffusion model at block size 4, 8, 16 and 32, and
-distilled from its own stage with block size 4. Every stage reads held-out digits. At the end there are a table, a report
+distilled from its own stage with block size 4. Another model keeps the next-token ability beside blocks of 8, and reads token
+by token and, with the same answers, by drafting blocks and verifying them. Every stage reads held-out digits. At the end there are a table, a report
 and a picture. Interrupted, it goes on where it was.
 """
 
@@ -22,7 +23,12 @@ from nemo_bard.base.metrics import markdown_table
 from nemo_bard.base.paths import find_recipe
 from nemo_bard.report.run import read_run, score_rows, scores_of, training_rows
 
-STAGES = ("source", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32")
+ORDER = (
+    "tiny", "source", "causal", "joint_b8", "speculative_b8",
+    "start", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32",
+)  # fmt: skip
+"""The chain's stages, and those of the model that also reads token by token."""
+STAGES = ("source", "joint_b8", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32")
 SMALL = (
     *(f"stage.{name}.max_steps=2" for name in STAGES),
     *(f"stage.{name}.{key}_batch_size=2" for name in STAGES for key in ("global", "local")),
@@ -77,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     start = time.perf_counter()
     try:
-        code = run_chain(args.output, [*(SMALL if args.small else ()), *overrides])
+        order = (f"order=[{','.join(ORDER)}]", "stage.start.init=source")
+        code = run_chain(args.output, [*order, *(SMALL if args.small else ()), *overrides])
         if code:
             return code
         say(f"\n{summary(args.output)}\n{(time.perf_counter() - start) / 60:.1f} minutes")

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from nemo_bard.generation.causal import Verdict, num_drafts
 from nemo_bard.generation.decode import DecodeResult, Hooks, StepRecord, say_once
+from nemo_bard.generation.drafts import likely_ends
 from nemo_bard.generation.records import Recorder
 from nemo_bard.generation.sampling import Candidates, draw_seeds, propose, uniform_numbers
 from nemo_bard.generation.session import Session
-
-LEAST_CHANCE = 0.02
-"""Further blocks are drafted only behind tokens at which the draft ends with this probability, by its own confidence."""
 
 
 @dataclass(kw_only=True)
@@ -35,8 +33,6 @@ class Row:
 
     number: int
     """In the batch."""
-    prompt: Tensor
-    """Its ids without padding, ``[P]``; read only where somebody plugs something in."""
     response: list[int] = field(default_factory=list)
     """Its last token is certain, and not yet in the cache."""
     draft: list[int] = field(default_factory=list)
@@ -76,8 +72,7 @@ class NextTokenDecoder:
         self.seeds = torch.zeros(count, dtype=torch.int64, device=self.device)
         if self.given.temperature > 0:
             self.seeds = draw_seeds(count, self.device, generator)
-        pairs = zip(self.prompt.input_ids, self.prompt.real, strict=True)
-        self.rows = [Row(number=number, prompt=ids[real]) for number, (ids, real) in enumerate(pairs)]
+        self.rows = [Row(number=number) for number in range(count)]
         self.live = list(self.rows)
         """Rows that have not ended."""
         self.history: list[StepRecord] = []
@@ -132,18 +127,8 @@ class NextTokenDecoder:
         )
 
     def _ends(self, row: Row) -> list[int]:
-        """Behind how many clean tokens to draft: where the draft most likely ends, by the confidence of its tokens."""
         left = self.given.max_new_tokens - len(row.response)
-        chances, upto = [], 1.0
-        for end, token in enumerate([None, *row.draft], 1):
-            if token in self.ends or end + 1 > left - 1:
-                break  # nothing comes behind the end; behind this one and the next token nothing is left to draft
-            next_one = row.confidence[end - 1] if end <= len(row.draft) else 0.0
-            chances.append((upto * (1.0 - next_one), end))
-            upto *= next_one
-        chances.sort(key=lambda pair: (-pair[0], -pair[1]))
-        likely = [end for chance, end in chances[: self.num_drafts] if chance >= LEAST_CHANCE]
-        return likely or [end for _, end in chances[: min(1, self.num_drafts)]]
+        return likely_ends(row.draft, row.confidence, left=left, end_ids=self.ends, most=self.num_drafts)
 
     def _take(self, verdict: Verdict, ends: Sequence[Sequence[int]]) -> None:
         """Accept what a forward says, and drop the rows that have ended."""
@@ -164,6 +149,11 @@ class NextTokenDecoder:
             if self._add(row, new):
                 going.append(index)
         self._show(told.confidence)
+        if self.hooks.on_block is not None:
+            row = self.live[0]
+            self.hooks.on_block(torch.tensor(row.response[-row.found[-1] :], device=self.device))
+            if going and self._stops(row):  # which may depend on what came of that
+                going = []
         self.engine.accept(accepted)
         if len(going) < len(self.live):
             self.live = [self.live[index] for index in going]
@@ -214,27 +204,30 @@ class NextTokenDecoder:
         return Candidates(found.ids.unflatten(0, (-1, width)), found.confidence.unflatten(0, (-1, width)), None)
 
     def _context(self, row: Row, response: Sequence[int]) -> Tensor:
-        """Prompt and response of a row, ``[1, ...]``."""
-        return torch.cat([row.prompt, torch.tensor(response, dtype=torch.int64, device=self.device)]).unsqueeze(0)
+        """Prompt, without padding, and response of a row, ``[1, ...]``."""
+        prompt = self.prompt.input_ids[row.number, self.prompt.real[row.number]]
+        return torch.cat([prompt, torch.tensor(response, dtype=torch.int64, device=self.device)]).unsqueeze(0)
 
     def _add(self, row: Row, new: Sequence[int]) -> bool:
         """Add the tokens that a forward found, up to the row's end; returns whether it goes on, with its draft cut likewise."""
         goes_on, before = True, len(row.response)
         for token in new:
             row.response.append(token)
-            goes_on = token not in self.ends and len(row.response) < self.given.max_new_tokens
-            if goes_on and self.hooks.stopping_criteria is not None:
-                stop = self.hooks.stopping_criteria(self._context(row, row.response), None)
-                goes_on = not bool(stop.all() if isinstance(stop, Tensor) else stop)
+            goes_on = token not in self.ends and len(row.response) < self.given.max_new_tokens and not self._stops(row)
             if not goes_on:
                 break
         row.found.append(len(row.response) - before)
-        if self.hooks.on_block is not None:
-            self.hooks.on_block(torch.tensor(row.response[before:], device=self.device))
         keep = max(0, self.given.max_new_tokens - len(row.response) - 1) if goes_on else 0
         first_end = next((i + 1 for i, token in enumerate(row.draft) if token in self.ends), keep)
         row.draft, row.confidence = row.draft[: min(keep, first_end)], row.confidence[: min(keep, first_end)]
         return goes_on
+
+    def _stops(self, row: Row) -> bool:
+        """Whether a criterion ends a row."""
+        if self.hooks.stopping_criteria is None:
+            return False
+        stop = self.hooks.stopping_criteria(self._context(row, row.response), None)
+        return bool(stop.all() if isinstance(stop, Tensor) else stop)
 
     def _show(self, confidence: Tensor) -> None:
         """Tell what a forward did to whoever wants to know; ``confidence`` ``[N, M]`` is that of the next tokens."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_bard.base.names import MASK_TOKEN
+from nemo_bard.base.names import mask_in_prompt
 from nemo_bard.method.layout import CONTEXT, PADDING, TokenIds, context_block_ids, find_responses
 from nemo_bard.upstream.torch import to_device_without_waiting
 
@@ -110,10 +110,7 @@ def prepare_prompt(
             bad = row[(row < 0) | (row >= vocab_size)][0]
             raise ValueError(f"row {index} of input_ids holds {int(bad)}; ids must be 0 to {vocab_size - 1}")
         if mask_token_id is not None and bool((row == mask_token_id).any()):
-            raise ValueError(
-                f"row {index} of input_ids holds the mask token (id {mask_token_id}), which stands for what is still to be"
-                f" decoded; take it (in a text {MASK_TOKEN}) out of the prompt"
-            )
+            raise ValueError(f"row {index} of input_ids: {mask_in_prompt(mask_token_id)}")
     _check_vision(config, rows, vision)
 
     width = max(row.numel() for row in rows)

@@ -9,10 +9,15 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
 )
+from transformers.utils.versions import require_version
 
 from nemo_bard.generation.settings import as_id_list, check_mask_token_id
 from nemo_bard.method.layout import check_block_size, check_context_attention
 from nemo_bard.upstream.transformers import text_section
+
+require_version(
+    "transformers>=5.18", "The code of BARD's model calls what older versions lack."
+)  # code in folders, too
 
 QWEN3_VL_VOCAB_SIZE = 151936
 QWEN3_VL_MASK_TOKEN_ID = 151671

@@ -7,6 +7,7 @@ from nemo_bard.launch.launchers import LAUNCHERS
 from nemo_bard.pipeline import manifest
 from nemo_bard.pipeline.evaluation import open_samples
 from nemo_bard.pipeline.job import Job, Stage
+from nemo_bard.pipeline.start_stages import ConvertStage
 
 
 def check_chain(job: Job) -> None:
@@ -25,12 +26,17 @@ def check_chain(job: Job) -> None:
 def check_block_sizes(job: Job) -> None:
     """Check that blocks grow from one training stage to the next; distillation may keep its student's.
 
+    A start point of its own begins anew.
+
     Raises:
         ValueError: Names both stages.
     """
     previous: tuple[Stage, int] | None = None
+    trained = {stage.name for stage in job.stages if stage.trains and stage.block_size is not None}
     for stage in job.stages:
         size = stage.block_size
+        if isinstance(stage, ConvertStage) and stage.inputs["init"] not in trained:
+            previous = None
         if not stage.trains or size is None:
             continue
         if previous is not None and (size < previous[1] or (size == previous[1] and "anchor" not in stage.inputs)):

@@ -59,24 +59,37 @@ def open_samples(job: Job, *, validate: bool = True) -> Any:
     dataset = open_dataset(settings.data, limit=settings.limit, validate=validate)
     resolve_scorer(settings.scorer, dataset)
     decoding(None, settings)
+    for stage in job.stages:
+        decoding(None, settings, stage)
     return dataset
 
 
-def decoding(folder: Path | None, settings: EvaluationSettings) -> Any:
-    """Decoding settings: a folder's own, with those of the pipeline on top."""
+def decoding(folder: Path | None, settings: EvaluationSettings, stage: Stage | None = None) -> Any:
+    """Decoding settings: a folder's own, with those of the pipeline, then those of the stage, on top.
+
+    Raises:
+        ValueError: For a wrong one; names the stage if it is the stage's own.
+    """
     from nemo_bard.generation.settings import BardGenerationConfig
 
     base: Any = BardGenerationConfig()
     if folder is not None and read_model_type(folder) == "bard_vl":
         base = BardGenerationConfig.from_pretrained(folder)
-    return base.updated(**(settings.generation or {}))
+    config = base.updated(**(settings.generation or {}))
+    if stage is None or not stage.settings.generation:
+        return config
+    try:
+        return config.updated(**stage.settings.generation)
+    except ValueError as error:
+        raise ValueError(f"stage.{stage.name}.generation: {error}") from error
 
 
-def request(job: Job, content: str) -> str:
+def request(stage: Stage, job: Job, content: str) -> str:
     """Digest of what a score depends on, the export's content among it."""
     left_out = ("pictures", "samples_per_process")
     settings = {key: value for key, value in asdict(job.evaluation).items() if key not in left_out}
-    return manifest.digest({"settings": settings, "content": content})
+    own = {"generation": stage.settings.generation} if stage.settings.generation else {}
+    return manifest.digest({"settings": settings, "content": content, **own})
 
 
 def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: str, *, last: bool) -> dict[str, Any]:
@@ -96,11 +109,11 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
     Raises:
         Preempted: On every rank, if a signal came on any.
     """
-    wanted = request(job, content)
+    wanted = request(stage, job, content)
     old = world.on_main(lambda: read_json(stage.folder / manifest.EVAL))
     if old is not None and old["request"] == wanted:
         return old
-    results = world.gather(_evaluate_share(job, world, export, last and world.is_main))
+    results = world.gather(_evaluate_share(stage, job, world, export, last and world.is_main))
     if world.should_stop():
         raise Preempted
     scored = {"request": wanted, "stage": stage.name, **merge([part for part in results if part is not None])}
@@ -110,7 +123,7 @@ def evaluate_stage(stage: Stage, job: Job, world: World, export: Path, content: 
     return scored
 
 
-def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[str, Any] | None:
+def _evaluate_share(stage: Stage, job: Job, world: World, export: Path, draw: bool) -> dict[str, Any] | None:
     """Load the export here and score this rank's samples; None if it has none (see ``sharing``), or after a signal."""
     from nemo_bard.evaluation.evaluate import evaluate, resolve_scorer
     from nemo_bard.evaluation.responder import load_checkpoint
@@ -122,7 +135,7 @@ def _evaluate_share(job: Job, world: World, export: Path, draw: bool) -> dict[st
         return None
     share = Share(dataset, world.rank, answering, total, world)
     model, processor = load_checkpoint(export, device=_device())
-    config = decoding(export, settings)
+    config = decoding(export, settings, stage)
     if read_model_type(export) == "qwen3_vl" and model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     try:

@@ -125,6 +125,9 @@ class StageSettings:
     kind: str = setting(check=text(), help="what makes the stage: a name, or a dotted one")
     output: str | None = setting(None, text(optional=True), "folder below run_dir; null means the stage's name")
     evaluate: bool = setting(True, flag(), "whether its export is scored")
+    generation: dict[str, Any] = setting(
+        factory=dict, check=SECTION, help="decoding settings of its evaluation, over evaluation.generation"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,10 @@ img { max-width: 100%; height: auto; } pre { background: #f4f6f8; padding: .8rem
 """
 
 
+AS_SOURCE = "token by token"
+"""How a model is decoded that has no strategies."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
     """What a run directory says of one stage."""
@@ -111,23 +115,41 @@ def score_rows(scored: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
         scored: One entry per stage: ``stage``, ``block_size``, ``scores`` by name, ``tpf``, ``tokens_per_second``.
     """
     names = list(scored[0]["scores"])
+    decoded = [_decoded(row) for row in scored]
+    differ = len({how for how in decoded if how != AS_SOURCE}) > 1
     header = ["stage", "block size", *(n.replace("_", " ") for n in names), "tokens per forward", "tokens/s"]
+    if differ:
+        header.insert(2, "decoding")
     rows = [
         [
             str(row["stage"]),
             str(row["block_size"] or 1),
+            *([how] if differ else []),
             *(f"{100 * row['scores'][name]:.1f} %" if name in row["scores"] else "-" for name in names),
             f"{row['tpf']:.2f}",
             f"{row['tokens_per_second']:.0f}",
         ]
-        for row in scored
+        for row, how in zip(scored, decoded, strict=True)
     ]
     return header, rows
 
 
+def _decoded(row: Mapping[str, Any]) -> str:
+    generation = row.get("settings", {}).get("generation", {})
+    return generation.get("remasking_strategy", AS_SOURCE).replace("_", " ")
+
+
 def scores_of(records: Sequence[StageRecord]) -> list[dict[str, Any]]:
     """What ``score_rows`` takes, of the stages that were scored."""
-    return [{"stage": r.name, "block_size": r.block_size, **r.evaluation} for r in records if r.evaluation is not None]
+    return [
+        {"stage": record.name, "block_size": record.block_size or _block_size(record.evaluation), **record.evaluation}
+        for record in records
+        if record.evaluation is not None
+    ]
+
+
+def _block_size(evaluation: Mapping[str, Any]) -> int | None:
+    return evaluation.get("settings", {}).get("generation", {}).get("block_size")
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -37,6 +37,12 @@ TOUCHED = (
         parameters="self, model_config",
     ),
     _read(
+        "vllm.v1.engine.input_processor.InputProcessor._validate_model_input",
+        reason="a prompt that holds the mask token must end here",
+        until="a model can check the tokens of its prompts",
+        parameters="self, prompt_input, prompt_type",
+    ),
+    _read(
         "vllm.engine.arg_utils.EngineArgs._set_default_max_num_seqs_and_batched_tokens_args",
         reason="the default numbers of requests and tokens must let every request have its block",
         until="vLLM's defaults know the canvas",
@@ -168,6 +174,26 @@ def wrap_request_check(check: Callable[[Any, Any, Callable[[], None]], None]) ->
         check(self, model_config, lambda: inner(self, model_config))
 
     SamplingParams._validate_diffusion = validate
+
+
+def wrap_prompt_check(check: Callable[[Any, Any], None]) -> None:
+    """Put a check behind the one that vLLM has for prompts, once.
+
+    Args:
+        check: Called with the prompt's token ids, None where it has none, and vLLM's model configuration.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor  # pyright: ignore[reportMissingImports]
+
+    inner = InputProcessor._validate_model_input
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def validate(self: Any, prompt_input: Any, prompt_type: Any) -> None:
+        inner(self, prompt_input, prompt_type)
+        check(prompt_input.get("prompt_token_ids"), self.model_config)
+
+    InputProcessor._validate_model_input = validate
 
 
 def wrap_batch_defaults(

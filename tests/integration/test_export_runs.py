@@ -1,11 +1,14 @@
 """``nemo-bard export`` of what NeMo AutoModel writes: shards, torch's own format, LoRA, and the card of a plain recipe run."""
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -65,3 +68,17 @@ def test_adapters_are_added_to_their_base(lab, tmp_path):  # noqa: F811
     assert "LoRA of rank 4" in (tmp_path / "merged" / "README.md").read_text()
     start = load_file(next(lab.start.glob("*.safetensors")))
     assert not all(start[name].equal(weight) for name, weight in whole.items())
+
+
+def test_the_card_of_a_folder_with_its_own_code_runs_without_the_package(start, tmp_path):
+    export(start, tmp_path / "export", self_contained=True)
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "image.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
+    plain = Path(__file__).parents[1] / "plain"
+    absent = ("nemo_bard", "nemo_automodel", "hydra", "omegaconf", "megatron")
+    block = f"import sys; sys.path.insert(0, {str(plain)!r}); import plain_answers; "
+    block += f"sys.meta_path.insert(0, plain_answers.Blocked({absent!r}))\n"
+    (tmp_path / "card.py").write_text(block + code.replace("max_new_tokens=256", "max_new_tokens=8"))
+    done = subprocess.run([sys.executable, "card.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("\n")

@@ -80,12 +80,14 @@ def workplace(demo, tmp_path, monkeypatch):
 def test_demo_leaves_a_report_and_a_picture(demo):
     folder, told = demo
     scored = scores_of(read_run(folder))
-    assert [row["stage"] for row in scored] == ["source", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32"]
-    assert [row["block_size"] for row in scored] == [None, 4, 8, 16, 32, 32]
+    assert [row["stage"] for row in scored] == [
+        "source", "joint_b8", "speculative_b8", "pbm_b4", "pbm_b8", "pbm_b16", "pbm_b32", "swd_b32",
+    ]  # fmt: skip
+    assert [row["block_size"] for row in scored] == [None, 8, 8, 4, 8, 16, 32, 32]
     assert all(0 <= row["scores"]["digit_accuracy"] <= 1 and row["tpf"] > 0 for row in scored)
     assert "automodel finetune --config" in told
-    assert "| swd_b32 | 32 |" in told
-    assert "| swd_b32 | 32 |" in (folder / "report.md").read_text()
+    assert "| swd_b32 | 32 | low confidence dynamic |" in told
+    assert "| swd_b32 | 32 | low confidence dynamic |" in (folder / "report.md").read_text()
     for name in ("answers.png", "report/losses.png", "report/scores.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 800

@@ -45,6 +45,10 @@ def squares(tmp_path_factory):
         shared.append({**ours[-1], "images": [str(folder / f"{name}.png")]})
     features = Features({"image": Image(), "text": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(folder / "rdr" / "train.parquet")
+    (folder / "medpix").mkdir()
+    asked = [{"image_id": r["image"], "question": "Describe this image.", "answer": r["text"]} for r in rows]
+    features = Features({"image_id": Image(), "question": Value("string"), "answer": Value("string")})
+    Dataset.from_list(asked, features=features).to_parquet(folder / "medpix" / "train.parquet")
     (folder / "ours.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ours))
     (folder / "shared.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shared))
     columns = {"messages": "messages", "images": "images"}
@@ -61,7 +65,12 @@ def expected(lab, squares):
 
 @pytest.mark.parametrize(
     ("function", "file", "packing"),
-    [("make_rdr_dataset", "rdr", None), ("make_meta_dataset", "meta.json", None), ("make_rdr_dataset", "rdr", 512)],
+    [
+        ("make_rdr_dataset", "rdr", None),
+        ("make_medpix_dataset", "medpix", None),  # of which every item is made when it is asked for
+        ("make_meta_dataset", "meta.json", None),
+        ("make_rdr_dataset", "rdr", 512),
+    ],
 )
 def test_automodels_data_sets_train_as_ours_do(lab, squares, expected, function, file, packing):
     """Noise is drawn from a sample's number, which AutoModel's samples get from their place."""

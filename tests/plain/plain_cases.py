@@ -69,8 +69,8 @@ def expected(folder, asked):
     return [answer(model, processor, case) for case in asked]
 
 
-def ask(python, folder, asked, where, *, blocked=(), environment=None):
-    """What the folder's own code answers in a fresh process, which starts in the folder itself."""
+def ask(python, folder, asked, where, *, blocked=(), environment=None, start_in=None):
+    """What a folder's own code, or that of a name on the hub, answers in a fresh process, which starts in the folder."""
     file, out = where / "cases.json", where / "answers.json"
     file.write_text(json.dumps(asked))
     given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -79,7 +79,7 @@ def ask(python, folder, asked, where, *, blocked=(), environment=None):
     done = subprocess.run(
         list(map(str, words)),
         env={**given, **(environment or {})},
-        cwd=folder,
+        cwd=start_in or folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -11,7 +11,8 @@ from nemo_bard.checkpoints.exporting.export import export
 
 pytestmark = pytest.mark.plain
 ROOT = Path(__file__).resolve().parents[2]
-SHIMS = ROOT / "tests" / "vllm" / "cpu_shims"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT / "tests" / "vllm" / "cpu_shims"), "TRITON_INTERPRET": "1"}
+"""torchvision of the package index is built for CUDA, torch of that environment is not: see the shims."""
 STAGES = ("pbm_b4", "pbm_b8", "pbm_b32", "swd_b32")
 """Of a ``bard_tiny`` run that ``PLAIN_RUN`` names."""
 
@@ -40,11 +41,29 @@ def test_same_answers(python, checkpoints, tmp_path):
         export(checkpoint, made, self_contained=True)
         shutil.copytree(made, folder)
         shutil.rmtree(made)
-        # torchvision of the package index is built for CUDA, torch of that environment is not: see the shims
-        found = plain_cases.ask(
-            python, folder, asked, tmp_path / name, environment={"PYTHONPATH": str(SHIMS), "TRITON_INTERPRET": "1"}
-        )
+        found = plain_cases.ask(python, folder, asked, tmp_path / name, environment=ENVIRONMENT)
         wanted = plain_cases.expected(folder, asked)
         assert plain_cases.differing(asked, found["answers"], wanted) == [], name
         assert found["again"] == wanted[0]
         assert not set(found["modules"]) & {"nemo_bard", "nemo_automodel", "hydra", "omegaconf"}
+
+
+def test_under_a_name_on_the_hub(python, start, tmp_path):
+    """As ``huggingface_hub`` keeps what it has downloaded; transformers then goes another way to the code."""
+    repository, commit = "some-org/bard.v1-b4", "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    export(start, kept / "snapshots" / commit, self_contained=True)
+    asked = plain_cases.cases()[:2]
+    found = plain_cases.ask(
+        python,
+        repository,
+        asked,
+        tmp_path,
+        environment={**ENVIRONMENT, "HF_HUB_CACHE": str(tmp_path / "hub")},
+        start_in=tmp_path,
+    )
+    assert plain_cases.differing(asked, found["answers"], plain_cases.expected(start, asked)) == []
+    assert found["class"] == f"transformers_modules.some_hyphen_org.bard_dot_v1_hyphen_b4.{commit}.modeling_bard_vl"
+    assert found["again"] == found["answers"][0]

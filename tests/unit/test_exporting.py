@@ -289,13 +289,18 @@ def test_a_base_model_is_named_where_it_is_known(run, start, tmp_path):
     model = {"pretrained_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct", "block_size": 4}
     checkpoint = write_checkpoint(start, tmp_path / "run", model=model)
     assert read_facts(places.find(checkpoint)).base_model == "Qwen/Qwen3-VL-2B-Instruct"
-    (checkpoint / "model" / ".hf_metadata" / "LICENSE").write_text("mine")
+    text = "\n    Apache License\n    Version 2.0, January 2004\n"
+    (checkpoint / "model" / ".hf_metadata" / "LICENSE").write_text(text)
     export(checkpoint, tmp_path / "export")
-    assert (tmp_path / "export" / "LICENSE").read_text() == "mine"
-    head = (tmp_path / "export" / "README.md").read_text()
-    assert "base_model: Qwen/Qwen3-VL-2B-Instruct\nbase_model_relation: finetune\n" in head
+    assert (tmp_path / "export" / "LICENSE").read_text() == text
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert card.startswith(
+        "---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-VL-2B-Instruct\nbase_model_relation: finetune\n"
+    )
     model["pretrained_model_name_or_path"] = str(tmp_path / "export")
     later = write_checkpoint(start, tmp_path / "later", model=model)
+    export(later, tmp_path / "again")
+    assert (tmp_path / "again" / "LICENSE").read_text() == text
     assert read_facts(places.find(later)).base_model == "Qwen/Qwen3-VL-2B-Instruct", "from the card of its start"
 
 
@@ -307,6 +312,20 @@ def test_metrics_behind_the_checkpoint_do_not_count(start, tmp_path):
     (tmp_path / "run" / "training.jsonl").write_text("\n".join(lines[3:]))
     (stage,) = read_facts(places.find(checkpoint)).stages
     assert (stage.steps, stage.samples) == (10, None), "lines are missing: no sum is known"
+
+
+def test_scores_are_those_of_the_exported_weights(start, tmp_path):
+    run = tmp_path / "run"
+    stage = write_stage(run, "only", start, content="1", scores={"exact_match": 0.5})
+    (run / "pipeline.json").write_text(json.dumps({"pipeline": "mine", "stages": ["only"]}))
+    write_checkpoint(start, stage / "checkpoints", step=9)
+    for place, scored in (
+        (stage, True),
+        (stage / "checkpoints", True),
+        (stage / "checkpoints" / "epoch_0_step_9", False),
+    ):
+        (facts,) = read_facts(places.find(place)).stages
+        assert (facts.scores is not None) == scored, place
 
 
 def test_a_mixture_is_told_with_its_counts(start, tmp_path):
@@ -389,6 +408,12 @@ def lose_a_tensor(folder):
     save_file(weights, file)
 
 
+def quantize(file):
+    weights = load_file(file)
+    file.unlink()
+    save_file({**weights, "model.language_model.norm.weight": torch.ones(8, dtype=torch.int8)}, file)
+
+
 DAMAGES = {
     "wrong architecture": (
         lambda folder: damage_config(folder, model_type="llama"),
@@ -396,7 +421,7 @@ DAMAGES = {
     ),
     "autoregressive": (
         lambda folder: damage_config(folder, model_type="qwen3_vl"),
-        r"config.json: model_type is 'qwen3_vl', allowed is bard_vl",
+        r"config.json: is an autoregressive Qwen3-VL, which needs no export; `nemo-bard convert` makes",
     ),
     "truncated": (
         lambda folder: truncate(next(folder.glob("*.safetensors"))),
@@ -412,6 +437,10 @@ DAMAGES = {
             folder, text_config={**json.loads((folder / "config.json").read_text())["text_config"], "vocab_size": 640}
         ),
         r"embed_tokens.weight has the shape \(576, \d+\), config.json asks for \(640, \d+\)",
+    ),
+    "whole numbers": (
+        lambda folder: quantize(next(folder.glob("*.safetensors"))),
+        r"model.language_model.norm.weight is I8, allowed are F64, F32, BF16, F16; quantized",
     ),
     "no tokenizer": (
         lambda folder: (folder / "tokenizer_config.json").unlink(),
@@ -455,6 +484,7 @@ def test_arguments_are_checked_first(run, start, tmp_path, capsys):
         (run, "--stage", "third"): r"stage third of \S+ is not finished; to export what it has .* \S+epoch_0_step_19$",
         (run, "--stage", "fourth"): "stage fourth of .* has not begun",
         (start, "--dtype", "int8"): "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'",
+        (start, "--stag"): "argument --stage: expected one argument",
         (start, "--max-shard-size", "big"): "--max-shard-size must be a number > 0 with KB, MB, GB or TB, .* got 'big'",
         (start, "--max-shard-size", "0GB"): "--max-shard-size must be a number > 0",
         (start, "--max-shard-size=-1GB"): "--max-shard-size must be a number > 0",
@@ -503,10 +533,14 @@ def test_distributed_files_are_checked(start, tmp_path, capsys):
     refused(tmp_path, capsys, r"distcp: has \d+ bytes, needed are \d+", checkpoint)
     file.unlink()
     refused(tmp_path, capsys, "distcp: missing weight file", checkpoint)
+    os.truncate(checkpoint / "model" / ".metadata", 100)
+    refused(tmp_path, capsys, r"\.metadata: cannot be read", checkpoint)
     shutil.rmtree(checkpoint / "model" / ".hf_metadata")
     damaged = {"model": {"pretrained_model_name_or_path": "/gone"}}
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(damaged))
     refused(tmp_path, capsys, r"trained on /gone has no config.json here; name its folder with --base", checkpoint)
+    (checkpoint / "config.yaml").write_text("model: [")
+    refused(tmp_path, capsys, r"config.yaml: not a YAML file: ", checkpoint)
 
 
 # ------------------ adapters ------------------

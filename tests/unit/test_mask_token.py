@@ -136,7 +136,7 @@ def test_a_prompt_cannot_hold_masks(pair):
     model = BardVLForConditionalGeneration.from_pretrained(folder)
     ids = after([f"<|im_start|>user\nSay {MASK_TOKEN} yes<|im_end|>\n<|im_start|>assistant\n"], return_tensors="pt")
     with pytest.raises(
-        ValueError, match=rf"row 0 of input_ids holds the mask token \(id {mask}\).*<\|mask\|>"
+        ValueError, match=rf"row 0 of input_ids: the prompt holds the mask token \(id {mask}\).*<\|mask\|>"
     ) as error:
         model.generate(ids, max_new_tokens=4)
     assert "\n" not in str(error.value)

@@ -265,3 +265,20 @@ def test_static_caches_are_decoded_by_the_loop_and_say_so(model, caplog):
     assert_equal(static, expected)
     said = "decoding goes step by step from the host, without CUDA graphs, for remasking_strategy=self_speculative"
     assert caplog.messages == [said]
+
+
+class TestWhereToDraft:
+    def test_the_likely_ends_of_a_draft(self):
+        from nemo_bard.generation.drafts import likely_ends
+
+        def ends(confidence, *, draft=(1, 2, 3), left=99, most=4):
+            return likely_ends(draft, confidence, left=left, end_ids={9}, most=most)
+
+        assert ends([0.9, 0.5, 0.8]) == [2, 4, 1, 3]  # 0.1, 0.45, 0.09, 0.36
+        assert ends([0.9, 0.5, 0.8], most=2) == [2, 4]
+        assert ends([0.99, 0.99, 0.99]) == [4]  # the others have less than 0.02 each
+        assert ends([0.9, 0.5, 0.8], draft=(1, 9, 3)) == [2, 1]  # nothing comes behind the end
+        assert ends([0.9, 0.5, 0.8], left=4) == [2, 1]
+        assert ends([0.9, 0.5, 0.8], left=2) == []
+        assert ends([], draft=()) == [1]
+        assert ends([0.9, 0.5, 0.8], most=0) == []

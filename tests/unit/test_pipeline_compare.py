@@ -77,4 +77,6 @@ def test_same_and_different(old, new, difference):
 def test_scores_from_before_the_move_are_not_made_again():
     job = make_job(compose(read_words(recipes_dir() / "bard_tiny.yaml", WORDS)))
     content = json.loads((OLD / "pbm_b4" / "manifest.json").read_text())["content"]
-    assert request(job, content) == json.loads((OLD / "pbm_b4" / "eval.json").read_text())["request"]
+    assert (
+        request(job.stage("pbm_b4"), job, content) == json.loads((OLD / "pbm_b4" / "eval.json").read_text())["request"]
+    )

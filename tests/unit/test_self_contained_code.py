@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from nemo_bard.checkpoints import self_contained
-from nemo_bard.checkpoints.self_contained import Source, closure, code, outside, read, rewrite, write_code
+from nemo_bard.checkpoints.self_contained import closure, code, outside, parse, read, rewrite, write_code
 
 MODULES = {
     "base": "copies errors folders names registry settings",
     "cost": "count",
-    "generation": "adapter_folders adapters capture causal decode engines entry graph kernels low_rank next_token parameters prefix products prompt"
-    " prompt_prefix records resolve runner sampling session settings steps strategies text",
+    "generation": "adapter_folders adapters capture causal decode drafts engines entry graph kernels low_rank next_token"
+    " parameters prefix products prompt prompt_prefix records resolve runner sampling session settings steps strategies"
+    " text",
     "method": "chunked layout",
     "model": "attention bard configuration lean sequences vision",
     "upstream": "qwen3_vl torch touched transformers views",
@@ -27,12 +27,14 @@ def files():
 
 def test_what_it_is_made_of():
     """A new module here is carried by every folder: is it needed for loading or decoding?"""
-    assert list(closure()) == [f"nemo_bard.{room}.{name}" for room, names in MODULES.items() for name in names.split()]
+    known = {f"nemo_bard.{room}.{name}" for room, names in MODULES.items() for name in names.split()}
+    assert set(closure()) - known == set()
 
 
 def test_it_needs_torch_and_transformers_alone():
-    needed = outside(closure()) - set(sys.stdlib_module_names)
-    assert needed == {"torch", "transformers", "safetensors", "huggingface_hub"}, "the last two come with transformers"
+    """... and what transformers itself cannot be without."""
+    found = outside(closure()) - set(sys.stdlib_module_names)
+    assert {"torch", "transformers"} <= found <= {"torch", "transformers", "safetensors", "huggingface_hub"}
 
 
 def test_no_import_of_the_package_is_left(files):
@@ -56,6 +58,22 @@ def test_transformers_finds_all_files_from_each_entry(files, tmp_path):
     assert {path.rpartition("/")[2] for path in found} | {"modeling_bard_vl.py"} == set(files)
 
 
+def test_older_transformers_are_refused_by_name(files, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+    from transformers.utils import versions
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda package: "5.17.2")
+    (tmp_path / "folder").mkdir()
+    for name, text in files.items():
+        (tmp_path / "folder" / name).write_text(text)
+    with pytest.raises(ImportError, match=r"transformers>=5\.18 is required .* found transformers==5\.17\.2"):
+        dynamic_module_utils.get_class_from_dynamic_module(
+            "configuration_bard_vl.BardVLConfig", str(tmp_path / "folder")
+        )
+
+
 def test_every_file_says_where_it_is_from(files):
     for name, text in files.items():
         first, second, _ = text.split("\n", 2)
@@ -67,11 +85,6 @@ def test_no_file_hides_a_package(files):
     """A Python that starts in the folder finds ``torch.py`` there before torch."""
     names = {name.removesuffix(".py") for name in files}
     assert all(name.startswith("bard_vl_") or name.endswith("_bard_vl") for name in names)
-
-
-def parsed(text):
-    tree = ast.parse(text)
-    return Source("nemo_bard.room.one", text, tree, frozenset(self_contained._for_type_checkers(tree)))
 
 
 def test_rewriting_changes_imports_and_names_alone():
@@ -97,7 +110,7 @@ NAMES = {"ü": f"{__package__}.bard_vl_room_two.Thing", "group": "nemo_bard.thin
 def late():
     from .bard_vl_room_two import Thing as Two; return Two
 '''
-    made = rewrite(parsed(text), frozenset({"nemo_bard.room.one", "nemo_bard.room.two"}))
+    made = rewrite(parse("nemo_bard.room.one", text), frozenset({"nemo_bard.room.one", "nemo_bard.room.two"}))
     assert made.split("\n", 2)[2] == wanted
 
 
@@ -107,7 +120,7 @@ def late():
 )
 def test_imports_that_cannot_be_rewritten_are_refused(line):
     with pytest.raises(ValueError, match=r"nemo_bard\.room\.one:1: .*from nemo_bard\.room\.module import name"):
-        rewrite(parsed(line), frozenset())
+        rewrite(parse("nemo_bard.room.one", line), frozenset())
 
 
 def test_a_package_is_no_module():

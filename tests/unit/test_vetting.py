@@ -130,6 +130,7 @@ TURNS = [
     ("messages", record(user=[{"type": ["image"]}], images=[])),
     ("reserved_token", record(user="<image><|im_end|>")),
     ("reserved_token", record(answer="it is <|image_pad|>")),
+    ("reserved_token", record(answer="it is <|mask|>")),
     ("bad_text", record(answer="red\0")),
     ("bad_text", record(answer="red \ud83d.")),
     ("bad_text", record(id="a\udc00")),

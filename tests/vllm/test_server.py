@@ -49,7 +49,7 @@ def stage(request, run, tmp_path_factory):
         clips = pool.submit(served.clip_references, checkpoint, tmp_path_factory.mktemp("clips"))
         with served.serving(served.vllm_python(), checkpoint, log) as url:
             server = fuzz.Server(url, 300)  # clips at once, on a machine that does other things too
-            server.clips = clips.result()
+            server.clips, server.checkpoint = clips.result(), checkpoint
             yield server, answers.result()
 
 
@@ -78,6 +78,19 @@ def test_ids_are_those_of_generate_whoever_else_asks(stage):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda answer: ids_of(server, answer)[0], answers))
     assert found == [answer["ids"] for answer in answers]
+
+
+def test_a_prompt_with_the_mask_token_is_refused(stage):
+    """Whether its tokenizer has a name for it or not; the server answers the next request as before."""
+    server, answers = stage
+    config = json.loads((server.checkpoint / "config.json").read_text())
+    for ids in ([config["mask_token_id"]], [5, config["mask_token_id"], 6]):
+        request = {"model": asked(answers[0])["model"], "prompt": ids, "max_tokens": 4}
+        status, data = server.send(Case("mask", dump(request), REFUSED, path="/v1/completions"))
+        assert status == 400, data[:500]
+        message = json.loads(data)["error"]["message"]
+        assert message.startswith(f"the prompt holds the mask token (id {config['mask_token_id']})"), message
+    assert ids_of(server, answers[0])[0] == answers[0]["ids"]
 
 
 def of_video(answer):

@@ -11,31 +11,10 @@ import yaml
 from nemo_bard.base.metrics import markdown_table
 from nemo_bard.checkpoints.exporting.data_facts import DataFacts
 from nemo_bard.checkpoints.exporting.facts import RunFacts, StageFacts
+from nemo_bard.checkpoints.exporting.usage import generate_section, serve_section
 
 PAPER = "https://arxiv.org/abs/2604.16514"
 PACKAGES = ("nemo-bard", "nemo-automodel", "torch", "transformers")
-LOADING = """\
-import nemo_bard  # tells transformers about the architecture
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-"""
-LOADING_ALONE = """\
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=True)
-"""
-ASKING = """\
-processor = AutoProcessor.from_pretrained(folder)
-messages = [
-    {"role": "user", "content": [{"type": "image", "image": "image.png"}, {"type": "text", "text": "What is this?"}]}
-]
-batch = processor.apply_chat_template(
-    messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-ids = model.generate(batch, max_new_tokens=256)  # response tokens only
-print(processor.tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
-"""
 
 
 def write_card(name: str, facts: RunFacts, config: Mapping[str, Any], *, self_contained: bool = False) -> str:
@@ -58,8 +37,8 @@ def write_card(name: str, facts: RunFacts, config: Mapping[str, Any], *, self_co
         _data(facts),
         _scores(facts),
         _calibration(facts.calibration),
-        _generate(name, self_contained=self_contained),
-        _serve(name),
+        generate_section(name, self_contained=self_contained),
+        serve_section(name),
         _limits(facts, config),
         _versions(facts),
     ]
@@ -225,21 +204,7 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
     )
 
 
-# ------------------ use ------------------
-def _generate(name: str, *, self_contained: bool) -> str:
-    needs = "transformers 5" if self_contained else "the package nemo-bard, which brings transformers 5"
-    loading = LOADING_ALONE if self_contained else LOADING
-    first, _, rest = loading.partition("\n\n")
-    return f'## Generate\n\nNeeds {needs}.\n\n```python\n{first}\n\nfolder = "{name}"\n{rest}{ASKING}```\n'
-
-
-def _serve(name: str) -> str:
-    return (
-        "## Serve\n\nWith nemo-bard, through vLLM where it is installed, else with a small server for one user:\n\n"
-        f"```bash\nnemo-bard serve {name}\n```\n"
-    )
-
-
+# ------------------ the rest ------------------
 def _limits(facts: RunFacts, config: Mapping[str, Any]) -> str:
     lines = []
     trained = sorted({stage.block_size for stage in facts.stages if stage.block_size and stage.steps})

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.files import sync_tree, write_whole
-from nemo_bard.base.folders import CONFIG, check_model_type, read_object
-from nemo_bard.base.names import MODEL_CLASS, MODEL_TYPE
+from nemo_bard.base.folders import CONFIG, read_object
+from nemo_bard.base.names import MODEL_CLASS
 from nemo_bard.checkpoints.convert import check_loads
 from nemo_bard.checkpoints.exporting import older, places, writing
+from nemo_bard.checkpoints.exporting.base_model import CARD, license_of
 from nemo_bard.checkpoints.exporting.card import write_card
-from nemo_bard.checkpoints.exporting.facts import calibration_folder, read_facts
+from nemo_bard.checkpoints.exporting.facts import RunFacts, calibration_folder, read_facts
 from nemo_bard.checkpoints.exporting.origin import Origin, open_origin, take_companions
 from nemo_bard.checkpoints.exporting.weights import check_complete, expected_shapes
 from nemo_bard.checkpoints.folder import DTYPES, check_target
 from nemo_bard.checkpoints.self_contained import write_code
 from nemo_bard.generation.adapter_folders import adapter_names
 
-GENERATION_CONFIG, CARD = "generation_config.json", "README.md"
+GENERATION_CONFIG = "generation_config.json"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
@@ -102,14 +104,15 @@ def export(
         check_room(folder, plan.total_size, target)
         stored = str(plan.dtypes[EMBEDDING]).removeprefix("torch.")
         write_object(folder / CONFIG, with_dtype(config, stored))
-        take_companions(origin, folder)
+        facts = read_facts(origin.place, base)
+        take_companions(origin, folder, facts.folders)
         older.spell_companions(folder)
         write_generation(origin, folder)
         check_loads(folder)
         notes = [f"not taken over: {', '.join(left_out)} (tied to the embedding)"] if left_out else []
         if self_contained:
             notes.append(f"with its own code: {', '.join(write_code(folder))}")
-        write_readme(origin, folder, target.resolve().name, base=base, self_contained=self_contained)
+        write_readme(facts, origin, folder, target.resolve().name, self_contained=self_contained)
         with progress(plan.total_size) as bar:
             writing.write_weights(origin.weights, plan, folder, bar.update)
         notes += [] if finish is None else finish(folder)
@@ -122,20 +125,21 @@ def export(
     )
 
 
-def write_readme(origin: Origin, folder: Path, name: str, *, base: Path | None, self_contained: bool) -> None:
+def write_readme(facts: RunFacts, origin: Origin, folder: Path, name: str, *, self_contained: bool) -> None:
     """Write the model card; one that a folder without a run has is kept.
 
     Args:
+        facts: What the run knows.
         origin: What is exported.
-        folder: Gets the card; holds ``config.json``.
+        folder: Gets the card; holds everything but the weights.
         name: Of the folder to come.
-        base: What the user says that training began with.
         self_contained: Whether the folder has its own code.
     """
-    facts, own = read_facts(origin.place, base), origin.place.folder / CARD
+    own = origin.place.folder / CARD
     if not facts.stages and own.is_file():
         shutil.copyfile(own, folder / CARD)
         return
+    facts = replace(facts, license=facts.license or license_of(folder))
     card = write_card(name, facts, read_object(folder / CONFIG), self_contained=self_contained)
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -156,10 +160,9 @@ def exported_config(origin: Origin) -> dict[str, Any]:
     """The configuration, without paths of this machine, and as transformers 4.57 reads it too.
 
     Raises:
-        ValueError: If it is of another architecture.
+        ValueError: If a section is missing.
     """
     config = json.loads(json.dumps(origin.config))
-    check_model_type(config, origin.config_file, [MODEL_TYPE])
     for section in ("text_config", "vision_config"):
         if not isinstance(config.get(section), dict):
             raise ValueError(f"{origin.config_file}: {section}: missing; a BARD configuration has one")

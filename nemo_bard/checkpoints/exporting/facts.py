@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_bard.base.files import read_json
 from nemo_bard.base.folders import CONFIG
 from nemo_bard.base.metrics import read_lines, tail_loss
 from nemo_bard.checkpoints.exporting import places
+from nemo_bard.checkpoints.exporting.base_model import base_names, front_matter
 from nemo_bard.checkpoints.exporting.data_facts import DataFacts, read_data
 from nemo_bard.checkpoints.exporting.places import Place
 
@@ -25,9 +23,6 @@ KINDS = {
 """Recipe class -> what it does."""
 START_KINDS = {"convert": "conversion, weights unchanged", "tiny": "random weights"}
 """Kind of a stage without training -> what it does."""
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,8 @@ class RunFacts:
     evaluated_on: str | None = None
     calibration: dict[str, Any] | None = None
     """``calibration.json``."""
+    folders: tuple[Path, ...] = ()
+    """What each stage began with, the last stage's first, as far as it is still there."""
 
 
 def read_facts(place: Place, base: Path | None = None) -> RunFacts:
@@ -84,20 +81,20 @@ def read_facts(place: Place, base: Path | None = None) -> RunFacts:
     started: str | None = None
     card: dict[str, Any] = front_matter(place.folder)
     here: Place | None = place
-    seen: set[Path] = set()
+    seen: list[Path] = []
     while here is not None:
         stage, before = _read_stage(here)
         if stage is None:
             break
-        composed = composed or ({} if here.run is None else _yaml(here.run / places.COMPOSED))
+        composed = composed or ({} if here.run is None else places.read_yaml(here.run / places.COMPOSED))
         started = str(base) if base is not None and not stages else before
         stages.append(stage)
         folder, here = None if started is None else Path(started), None
         if folder is not None and (folder / CONFIG).is_file() and folder.resolve() not in seen:
-            seen.add(folder.resolve())
+            seen.append(folder.resolve())
             card = card or front_matter(folder)
             here = places.with_run(places.FOLDER, folder)
-    hub, local = _base_names(started, card)
+    hub, local = base_names(started, card)
     evaluation = (composed.get("evaluation") or {}).get("data")
     return RunFacts(
         stages=tuple(reversed(stages)),
@@ -107,41 +104,13 @@ def read_facts(place: Place, base: Path | None = None) -> RunFacts:
         pipeline=composed.get("name"),
         evaluated_on=None if evaluation is None else public_name(evaluation),
         calibration=_calibration(place),
+        folders=tuple(seen),
     )
-
-
-def front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML head of a folder's model card; empty if there is none, or it cannot be read."""
-    file = folder / "README.md"
-    match = _FRONT.match(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
-    if match is None:
-        return {}
-    try:
-        head = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return {}
-    return head if isinstance(head, dict) else {}
 
 
 def public_name(value: str) -> str:
     """A data set, or its file, without the folders of this machine."""
     return value if "/" not in value or not value.startswith(("/", ".", "~")) else Path(value).name
-
-
-def _base_names(started: str | None, card: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Name on the hub, or of the folder, of what the first stage began with."""
-    named = card.get("base_model")
-    named = named[0] if isinstance(named, list) and named else named
-    if isinstance(named, str):
-        return named, None
-    if started is None:
-        return None, None
-    cached = _CACHED.search(started)
-    if cached is not None:
-        return f"{cached[1]}/{cached[2]}", None
-    if _HUB.fullmatch(started) and not Path(started).exists():
-        return started, None
-    return None, Path(started).name
 
 
 # ------------------ one stage ------------------
@@ -156,9 +125,9 @@ def _read_stage(place: Place) -> tuple[StageFacts | None, str | None]:
     started = {} if place.stage is None else read_json(place.stage / places.STARTED) or {}
     recipe = {}
     if place.checkpoint is not None:
-        recipe = _yaml(place.checkpoint / places.TRAINING_CONFIG)
+        recipe = places.read_yaml(place.checkpoint / places.TRAINING_CONFIG)
     elif place.stage is not None:
-        recipe = _yaml(place.stage / places.STAGE_YAML)
+        recipe = places.read_yaml(place.stage / places.STAGE_YAML)
     versions = record.get("versions") or started.get("versions") or {}
     before = _before(place, record or started, recipe)
     if not recipe:
@@ -169,10 +138,18 @@ def _read_stage(place: Place) -> tuple[StageFacts | None, str | None]:
         size = record["config"].get("block_size") if kind == "convert" and record else None
         return StageFacts(name=place.stage.name, kind=text, block_size=size, versions=versions), before
     facts = _read_recipe(recipe, place)
-    scores = None if place.stage is None else read_json(place.stage / "eval.json")
+    scores = read_json(place.stage / "eval.json") if place.stage is not None and _is_final(place) else None
     if scores is not None:
         scores = {key: value for key, value in scores.items() if key != "samples"}
     return replace(facts, versions=versions, scores=scores), before
+
+
+def _is_final(place: Place) -> bool:
+    """Whether a checkpoint is what its stage has been scored with: its export, or the checkpoint that was made of."""
+    if place.checkpoint is None or place.stage is None:
+        return True
+    finished = (place.stage / places.MANIFEST).is_file()
+    return finished and place.checkpoint == places.latest_checkpoint(place.checkpoint.parent)
 
 
 def _read_recipe(recipe: Mapping[str, Any], place: Place) -> StageFacts:
@@ -240,7 +217,7 @@ def _before(place: Place, record: Mapping[str, Any], recipe: Mapping[str, Any]) 
     if name is not None:
         return str(name)
     if place.run is not None and place.stage is not None and ((record.get("config") or {}).get("kind")) == "convert":
-        composed = _yaml(place.run / places.COMPOSED)
+        composed = places.read_yaml(place.run / places.COMPOSED)
         section = (composed.get("stage") or {}).get(record.get("stage") or place.stage.name) or {}
         return section.get("init") or (composed.get("model") or {}).get("source")
     return None
@@ -261,8 +238,3 @@ def calibration_folder(place: Place) -> Path | None:
             if (found / "calibration.json").is_file() and (found / "generation_config.json").is_file():
                 return found
     return None
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    value = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return value if isinstance(value, dict) else {}

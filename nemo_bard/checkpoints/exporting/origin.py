@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_bard.base.folders import CONFIG, check_model_type, read_object
-from nemo_bard.base.names import MODEL_TYPE
+from nemo_bard.base.names import MODEL_TYPE, SOURCE_MODEL_TYPE
 from nemo_bard.checkpoints.exporting import places
 from nemo_bard.checkpoints.exporting.places import Place
 from nemo_bard.checkpoints.exporting.weights import DistributedWeights, FolderWeights, MergedWeights, Weights
@@ -50,8 +51,7 @@ def open_origin(place: Place, base: Path | None = None) -> Origin:
     if not (config_folder / CONFIG).is_file():
         config_folder = _existing_base(began, place.folder)
         overrides = read_overrides(place.folder)
-    config = read_object(config_folder / CONFIG)
-    check_model_type(config, config_folder / CONFIG, [MODEL_TYPE])
+    config = _read_config(config_folder)
     weights = FolderWeights(place.folder) if place.kind == places.FOLDER else DistributedWeights(place.folder)
     around = [] if began is None or not began.is_dir() else [began]
     return Origin(
@@ -68,8 +68,7 @@ def _open_adapters(place: Place, base: Path | None) -> Origin:
     adapters = read_adapters(place.folder)
     named = Path(adapters.base)
     base = _existing_base(named if base is None else base, place.folder)
-    config = read_object(base / CONFIG)
-    check_model_type(config, base / CONFIG, [MODEL_TYPE])
+    config = _read_config(base)
     weights = FolderWeights(base)
     merged = MergedWeights(weights, adapters, base)
     if (named / CONFIG).is_file() and named.resolve() != base.resolve():
@@ -82,6 +81,18 @@ def _open_adapters(place: Place, base: Path | None) -> Origin:
         companions=(base,),
         base=base,
     )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a BARD model; ValueError if it is of another."""
+    config = read_object(folder / CONFIG)
+    if config.get("model_type") == SOURCE_MODEL_TYPE:
+        raise ValueError(
+            f"{folder / CONFIG}: is an autoregressive Qwen3-VL, which needs no export; `nemo-bard convert` makes a BARD"
+            " folder of it"
+        )
+    check_model_type(config, folder / CONFIG, [MODEL_TYPE])
+    return config
 
 
 def _check_same_base(adapters: Adapters, merged: MergedWeights, weights: Weights, base: Path, named: Path) -> None:
@@ -106,19 +117,18 @@ def _began_with(place: Place) -> Path | None:
     """The folder that a training run says it began with."""
     if place.checkpoint is None:
         return None
-    import yaml
-
-    recipe = yaml.safe_load((place.checkpoint / places.TRAINING_CONFIG).read_text(encoding="utf-8")) or {}
+    recipe = places.read_yaml(place.checkpoint / places.TRAINING_CONFIG)
     name = (recipe.get("model") or {}).get("pretrained_model_name_or_path")
     return None if name is None else Path(name)
 
 
-def take_companions(origin: Origin, folder: Path) -> None:
+def take_companions(origin: Origin, folder: Path, before: Iterable[Path] = ()) -> None:
     """Copy tokenizer, processor and template, and the licence from where there is one.
 
     Args:
         origin: Says where they are.
         folder: Gets them.
+        before: Folders that the stages before began with, where a licence may be.
 
     Raises:
         ValueError: If there is no tokenizer or no processor.
@@ -133,7 +143,7 @@ def take_companions(origin: Origin, folder: Path) -> None:
                 f"{origin.companions[0]}: has no {what} ({pattern.removeprefix('*')}), and neither has what it was trained on;"
                 " name a folder that has with --base"
             )
-    for place in origin.companions:
+    for place in (*origin.companions, *before):
         if not any(folder.glob("LICENSE*")):
             for file in place.glob("LICENSE*"):
                 (folder / file.name).write_bytes(file.read_bytes())

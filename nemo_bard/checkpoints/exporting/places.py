@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_bard.base.errors import not_one_of
+import yaml
+
+from nemo_bard.base.errors import not_one_of, one_line
 from nemo_bard.base.files import read_json
 from nemo_bard.base.folders import CONFIG
 from nemo_bard.checkpoints.folder import WEIGHTS, WEIGHTS_INDEX
@@ -106,13 +108,26 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def stage_folders(run: Path) -> dict[str, Path]:
     """Names of a chain's stages, in order, and their folders."""
     names = (read_json(run / IDENTITY) or {}).get("stages") or []
-    outputs = {}
-    if (run / COMPOSED).is_file():
-        import yaml
-
-        sections = (yaml.safe_load((run / COMPOSED).read_text(encoding="utf-8")) or {}).get("stage") or {}
-        outputs = {name: (section or {}).get("output") for name, section in sections.items()}
+    sections = read_yaml(run / COMPOSED).get("stage") or {}
+    outputs = {name: (section or {}).get("output") for name, section in sections.items()}
     return {name: run / (outputs.get(name) or name) for name in names}
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the section that a YAML file holds, an empty one if there is no such file.
+
+    Raises:
+        ValueError: If it cannot be read, or holds anything else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a YAML file: {one_line(error)}") from error
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{file}: must hold a section, got {type(value).__name__}")
+    return value or {}
 
 
 def _stage_folder(run: Path, wanted: str | None) -> Path:

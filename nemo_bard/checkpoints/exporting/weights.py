@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from nemo_bard.base.errors import one_line
 from nemo_bard.checkpoints.folder import read_header, weight_files
 from nemo_bard.checkpoints.merge import ADAPTER_WEIGHTS, Adapters
 
@@ -57,12 +59,10 @@ class FolderWeights:
             for name, entry in read_header(folder / file).items():
                 if name == "__metadata__":
                     continue
-                if entry["dtype"] not in DTYPES:
-                    raise ValueError(
-                        f"{folder / file}: {name} is {entry['dtype']}, allowed are {', '.join(DTYPES)}; quantized weights"
-                        " cannot be exported"
-                    )
-                self.tensors[name] = Facts(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                dtype = DTYPES.get(entry["dtype"])
+                if dtype is None:
+                    raise _not_exported(folder / file, name, entry["dtype"])
+                self.tensors[name] = Facts(tuple(entry["shape"]), dtype)
                 self._files[name] = folder / file
 
     def read(self, name: str) -> Tensor:
@@ -89,7 +89,10 @@ class DistributedWeights:
             read_header(shard)
         kind = HuggingFaceStorageReader if shards else FileSystemReader
         self._reader = _read_once(kind)(folder)
-        found = self._reader.read_metadata()
+        try:
+            found = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+            raise ValueError(f"{folder / '.metadata'}: cannot be read ({one_line(error)}); copy it again") from error
         if not shards:
             _check_distributed_files(folder, found)
         self.tensors: dict[str, Facts] = {}
@@ -102,6 +105,8 @@ class DistributedWeights:
                     f"{folder}: {pieces} of the {math.prod(entry.size)} numbers of {name} are there; the file of a rank is"
                     f" missing ({len(shards) or len(list(folder.glob('*.distcp')))} are there)"
                 )
+            if entry.properties.dtype not in DTYPES.values():
+                raise _not_exported(folder, name, str(entry.properties.dtype).removeprefix("torch."))
             self.tensors[name] = Facts(tuple(entry.size), entry.properties.dtype)
 
     def read(self, name: str) -> Tensor:
@@ -112,6 +117,13 @@ class DistributedWeights:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is enough
             load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
+
+
+def _not_exported(where: Path, name: str, dtype: str) -> ValueError:
+    """The error for a tensor of a type that is no floating-point one."""
+    return ValueError(
+        f"{where}: {name} is {dtype}, allowed are {', '.join(DTYPES)}; quantized weights cannot be exported"
+    )
 
 
 def _read_once(kind: Any) -> Any:

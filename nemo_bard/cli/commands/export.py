@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from nemo_bard.cli import options
+
 _EPILOG = """\
 SRC is a chain's run folder (its last finished stage, or --stage), a stage, a checkpoint of a training run or the folder
 around it (LATEST), or a BARD folder. Sharded weights of an interrupted run are put together, LoRA adapters are added to
@@ -28,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.error = options.raise_error
     parser.add_argument("source", metavar="SRC", type=Path, help="run, stage, checkpoint or folder; see below")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
     parser.add_argument(

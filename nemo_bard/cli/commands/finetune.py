@@ -23,7 +23,6 @@ from nemo_bard.base.errors import USER_ERRORS
 from nemo_bard.base.paths import find_recipe
 from nemo_bard.launch.exits import under_torchrun
 from nemo_bard.launch.torchrun import count_processes, run_torchrun
-from nemo_bard.train.beside import check_beside
 from nemo_bard.train.recipe_file import (
     load_config,
     load_raw_config,
@@ -55,6 +54,8 @@ def take_over(config: Any, config_path: Path, processes: int | None, words: Sequ
     """
     recipe_class = load_recipe_class(config_path, read_yaml(config_path))
     if not is_own(recipe_class):
+        from nemo_bard.train.beside import check_beside
+
         check_beside(config.to_yaml_dict(use_orig_values=True), recipe_class)
         return None
     return run(argparse.Namespace(config=str(config_path), nproc_per_node=processes, overrides=list(words)))
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         if hasattr(recipe_class, "validate_config"):
             recipe_class.validate_config(raw)
         else:
+            from nemo_bard.train.beside import check_beside
+
             check_beside(raw, recipe_class)
     if under_torchrun():
         started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

@@ -31,15 +31,16 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP  # pyright: ignore[reportMissingImports]
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY  # pyright: ignore[reportMissingImports]
 
-    from nemo_bard.serving.vllm.checks import check_batch, check_request
+    from nemo_bard.serving.vllm.checks import check_batch, check_prompt, check_request
     from nemo_bard.serving.vllm.engine import EngineSettings
     from nemo_bard.serving.vllm.media import CheckedMediaConnector
     from nemo_bard.serving.vllm.server import guard_server
-    from nemo_bard.upstream.vllm import wrap_batch_defaults, wrap_request_check
+    from nemo_bard.upstream.vllm import wrap_batch_defaults, wrap_prompt_check, wrap_request_check
 
     AutoConfig.register(MODEL_TYPE, ServedBardVLConfig, exist_ok=True)
     ModelRegistry.register_model(MODEL_CLASS, f"nemo_bard.serving.vllm.model:{MODEL_CLASS}")
     MODELS_CONFIG_MAP[MODEL_CLASS] = EngineSettings
     MEDIA_CONNECTOR_REGISTRY.register("http")(CheckedMediaConnector)
     wrap_request_check(check_request)
+    wrap_prompt_check(check_prompt)
     wrap_batch_defaults(check_batch, guard_server)

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_bard.base.errors import not_one_of, one_line
+from nemo_bard.base.names import mask_in_prompt
 from nemo_bard.generation.parameters import STRATEGIES, denoising_strategies
 from nemo_bard.serving.requests import SEED, BadRequest, check_seed, check_temperature, check_xargs
 from nemo_bard.serving.vllm.config import end_ids, is_bard
@@ -91,6 +92,23 @@ def _stop_at(params: Any, ends: list[int]) -> None:
     """Add the ends of ``config.json``: vLLM knows the end of the tokenizer and of ``generation_config.json``."""
     params.stop_token_ids = sorted({*(params.stop_token_ids or ()), *ends})
     params.all_stop_token_ids.update(ends)
+
+
+def check_prompt(ids: Sequence[int] | None, model_config: Any) -> None:
+    """Check the tokens of a prompt for a BARD model; those of other models are vLLM's matter.
+
+    Args:
+        ids: Its tokens; None where it has none.
+        model_config: vLLM's.
+
+    Raises:
+        VLLMValidationError: If it holds the mask token, which makes it a 400.
+    """
+    if ids is None or not is_bard(model_config) or model_config.hf_config.mask_token_id not in ids:
+        return
+    from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
+
+    raise VLLMValidationError(mask_in_prompt(model_config.hf_config.mask_token_id), parameter="prompt")
 
 
 def check_batch(arguments: Any, model_config: Any, inner: Callable[[], None]) -> None:
