@@ -12,8 +12,9 @@ from nemo_bard.base.folders import CONFIG, read_object
 from nemo_bard.base.metrics import markdown_table
 from nemo_bard.checkpoints.convert import check_loads
 from nemo_bard.checkpoints.exporting import places
+from nemo_bard.checkpoints.exporting.base_model import CARD
 from nemo_bard.checkpoints.exporting.chains import Chain, find_chains, summed, trained_fields
-from nemo_bard.checkpoints.exporting.export import CARD, GENERATION_CONFIG, ExportReport, export, write_object
+from nemo_bard.checkpoints.exporting.export import GENERATION_CONFIG, ExportReport, export, write_object
 from nemo_bard.checkpoints.exporting.facts import KINDS, calibration_folder, read_facts
 from nemo_bard.generation.adapter_folders import (
     ADAPTER_CONFIG,

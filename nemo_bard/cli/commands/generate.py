@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_bard.checkpoints.folder import check_checkpoint
 from nemo_bard.cli import options
+from nemo_bard.generation.adapter_folders import ADAPTER_WEIGHTS, FOLDER
 
 if TYPE_CHECKING:
     from nemo_bard.evaluation.batch import PromptLine
@@ -187,7 +188,10 @@ def answer_file(args: argparse.Namespace, config: BardGenerationConfig) -> int:
 
 def run_key(args: argparse.Namespace, config: BardGenerationConfig) -> str:
     """Return what the answers depend on beside the prompt."""
-    weights = sorted((file.name, file.stat().st_size) for file in args.model.glob("*.safetensors"))
+    files = [*args.model.glob("*.safetensors")]
+    if config.adapter is not None:
+        files.append(args.model / FOLDER / config.adapter / ADAPTER_WEIGHTS)
+    weights = sorted((file.name, file.stat().st_size) for file in files)
     same_ids = ["cache_implementation", "compile_step"]  # these change how, not what
     if config.resolve()[0].decode_path in SAME_IDS_ENGINES:
         same_ids.append("decode_path")
