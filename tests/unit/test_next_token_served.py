@@ -87,7 +87,7 @@ def test_the_page_offers_what_the_model_can(port, start):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vllm_refuses(name):
+def test_vllm_refuses(name, start):
     from nemo_bard.serving.vllm import checks, config
 
     hf_config = config.ServedBardVLConfig(block_size=4, mask_token_id=60, eos_token_id=9, context_attention="causal")
@@ -98,7 +98,10 @@ def test_vllm_refuses(name):
     with pytest.raises(ValueError, match=f"one of low_confidence_static, .*entropy_bound, got '{name}'"):
         checks._check(params, hf_config)
     model_config = types.SimpleNamespace(
-        generation_config="vllm", override_generation_config={"remasking_strategy": name}
+        model=str(start),
+        revision=None,
+        generation_config="vllm",
+        override_generation_config={"remasking_strategy": name},
     )
     with pytest.raises(ValueError, match=f"remasking_strategy must be one of low_.* with vLLM, got '{name}'"):
         config.read_defaults(model_config)
