@@ -55,7 +55,7 @@ KINDS = {
     "empty_answer": "an answer of the assistant is empty",
     "thinking": "an answer opens or ends its thinking only",
     "no_answer": "no turn of the assistant",
-    "reserved_token": "a text holds a token that the chat template reserves",
+    "reserved_token": "a text holds a token that the chat template reserves, or the name of the mask token",
     "bad_text": "a text that cannot be encoded",
     "placeholders": "placeholders and media do not match",
     "null_image": "an image is null",
