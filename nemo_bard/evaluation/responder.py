@@ -11,7 +11,8 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from nemo_bard.checkpoints.folder import check_checkpoint
+from nemo_bard.base.memory import without_read_pages
+from nemo_bard.checkpoints.folder import check_checkpoint, read_header
 from nemo_bard.data.encode import encode_prompts
 from nemo_bard.generation.settings import BardGenerationConfig, as_id_list
 
@@ -204,6 +205,14 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
+def _files_to_cast(folder: Path, dtype: str) -> list[Path]:
+    """The weight files of a folder if all weights in them have another dtype; else none."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = [one for file in files for name, one in read_header(file).items() if name != "__metadata__"]
+    same = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    return [] if any(one["dtype"] == same for one in tensors) else files
+
+
 def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and processor of a folder.
 
@@ -230,7 +239,8 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str =
         from transformers import Qwen3VLForConditionalGeneration as ModelClass
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = cast("torch.nn.Module", ModelClass.from_pretrained(path, dtype=getattr(torch, dtype)))
+        with without_read_pages(_files_to_cast(Path(path), dtype)):
+            model = cast("torch.nn.Module", ModelClass.from_pretrained(path, dtype=getattr(torch, dtype)))
     except OSError as error:  # transformers' way to say that files are missing
         raise ValueError(f"model folder {path} is not complete: {' '.join(str(error).split())}") from error
     return model.to(target).eval(), processor

@@ -37,6 +37,8 @@ CHANGED = {
     "return_dict_in_generate": True,
     "return_step_stats": True,
     "output_history": True,
+    "adapter": "b8",
+    "drafts": 2,
 }
 QWEN_FILE = {
     "bos_token_id": 151643,

@@ -90,7 +90,8 @@ def scored(monkeypatch, tmp_path):
         job = SimpleNamespace(evaluation=settings, run_dir=tmp_path)
         said: list = []
         for rank in range(64):
-            stage = SimpleNamespace(name="a", folder=tmp_path / f"{samples_per_process}-{rank}")
+            folder = tmp_path / f"{samples_per_process}-{rank}"
+            stage = SimpleNamespace(name="a", folder=folder, settings=SimpleNamespace(generation={}))
             result = evaluate_stage(stage, job, Rank(rank, said), Path("export"), "content", last=False)
         return result, len(loaded)
 
