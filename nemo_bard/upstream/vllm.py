@@ -54,6 +54,11 @@ TOUCHED = (
         parameters="self, request, num_computed_tokens, num_new_tokens",
     ),
     _hook(
+        "vllm.v1.core.sched.scheduler.Scheduler._preempt_request",
+        reason="requests that wait for one another's room for pictures are sent back, all but one",
+        parameters="self, request, timestamp, drop_stale_output",
+    ),
+    _hook(
         "vllm.v1.request.Request._block_hasher",
         reason="keys of a block depend on the rest of the block, which the hash of the prefix cache must know",
     ),

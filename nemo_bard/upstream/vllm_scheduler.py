@@ -1,8 +1,10 @@
 # pyright: reportMissingImports=false
-"""The private method of vLLM's scheduler that decides how much of a request is in the next step. Imports vLLM."""
+"""Private methods of vLLM's scheduler: how much of a request is in the next step, and a request sent back. Imports vLLM."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler  # pyright: ignore[reportMissingImports]
@@ -24,6 +26,24 @@ class ChunkingScheduler(DiffusionScheduler):
         """
         del request, begin
         return size
+
+    def send_back(self, requests: Sequence[Any]) -> None:
+        """Preempt running requests: they give up what they hold and begin anew later.
+
+        Args:
+            requests: vLLM's; in the order in which they run.
+        """
+        now = time.monotonic()
+        for request in reversed(requests):
+            self.running.remove(request)
+            self._preempt_request(request, now)
+
+    def widen_encoder_cache(self, by: int) -> None:
+        """Let outputs of the vision tower for so many more tokens be kept; call it before any request comes."""
+        manager = self.encoder_cache_manager
+        manager.cache_size += by
+        manager.num_free_slots += by
+        manager.num_freeable_slots += by
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         size = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)

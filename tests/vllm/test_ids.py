@@ -38,7 +38,10 @@ def test_every_setting_at_once(reference, drive, block_size, causal):
     ],
 )
 def test_prefix_cache_with_small_steps(reference, drive, block_size, causal, more):
-    """A second round reads the cache; so do conversations that go on, and prompts that go on within a block."""
+    """A second round reads the cache; so do conversations that go on, and prompts that go on within a block.
+
+    Steps of 64 tokens leave room for the features of one clip or picture, while blocks that lie between two need both.
+    """
     rounds, metrics = drive(
         reference(block_size, causal),
         rounds=[["first", "raw", "video_first"], ["grown", "raw_grown", "video_turns"], None],

@@ -27,6 +27,9 @@ class WholeBlocks(ChunkingScheduler):
         keep_unfinished(self.kv_cache_manager)  # the last block of an answer is not committed
         self.hf_config = vllm_config.model_config.hf_config
         self.is_block_context = self.hf_config.context_attention == "block"
+        if self.is_block_context and self.max_num_encoder_input_tokens:
+            # A block may hold the end of one picture and the beginning of the next, and needs both; the budget of a step holds any picture.
+            self.widen_encoder_cache(self.max_num_encoder_input_tokens + self.hf_config.block_size)
         self.hasher = BlockHasher(
             self.hf_config,
             page_size=self.hash_block_size,
@@ -38,6 +41,18 @@ class WholeBlocks(ChunkingScheduler):
         if self.is_block_context:
             rehash(request, self.hasher)
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; requests that wait for one another are sent back, all but the first.
+
+        With block context a request holds a picture until the block with the picture's end is computed, and if that needs another
+        picture it waits for room. Several may do so, each with what the others need.
+        """
+        output = super().schedule(*args, **kwargs)
+        is_idle = not (output.total_num_scheduled_tokens or any(one.num_in_flight_tokens for one in self.running))
+        if self.is_block_context and is_idle:
+            self.send_back(self.running[1:])
+        return output
 
     def chunk(self, request: Any, begin: int, size: int) -> int:
         """Tokens of a request in the next step: as many as vLLM would take, or fewer, so that blocks stay whole."""
