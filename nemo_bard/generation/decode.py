@@ -84,8 +84,8 @@ def say_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-class Decoder:
-    """The loop over blocks and steps for one batch."""
+class Loop:
+    """What the loops of one batch have in common: ``run`` decodes, ``_run`` is how."""
 
     def __init__(
         self,
@@ -104,23 +104,13 @@ class Decoder:
             synchronize: Wait for the device around the timed phases.
         """
         self.session, self.prompt, self.settings = session, session.prompt, session.settings
-        self.hooks = hooks or Hooks()
-        prompt, settings = self.prompt, self.settings
-        self.engine: Engine = settings.engine(session)
-        self.synchronize = synchronize and prompt.input_ids.is_cuda
-        self.device = prompt.input_ids.device
-        self.quota = tokens_per_step(settings.block_size, settings.denoising_steps)
-        self.rule = StepRule(settings, self.device)
-        rows = prompt.input_ids.shape[0]
+        self.given, self.hooks = self.settings.given, hooks or Hooks()
+        self.device = self.prompt.input_ids.device
+        self.synchronize = synchronize and self.prompt.input_ids.is_cuda
+        rows = len(self.prompt.input_ids)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        if settings.given.temperature > 0:
+        if self.given.temperature > 0:
             self.seeds = draw_seeds(rows, self.device, generator)
-        self.response = torch.full(
-            (rows, settings.num_blocks * settings.block_size), settings.pad_token_id, device=self.device
-        )
-        self.lengths = [0] * rows
-        self.counts = torch.zeros(rows, settings.num_blocks, dtype=torch.int64)
-        self.commits = [0] * rows
         self.history: list[StepRecord] = []
 
     def run(self) -> DecodeResult:
@@ -128,10 +118,31 @@ class Decoder:
         with torch.no_grad():
             return self._run()
 
+    def _run(self) -> DecodeResult:
+        raise NotImplementedError
+
     def _clock(self) -> float:
         if self.synchronize:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class Decoder(Loop):
+    """The loop over blocks and steps for one batch."""
+
+    def __init__(self, session: Session, **options: Any) -> None:
+        """Prepare decoding; ``options`` are those of ``Loop``."""
+        super().__init__(session, **options)
+        settings, rows = self.settings, len(self.prompt.input_ids)
+        self.engine: Engine = settings.engine(session)
+        self.quota = tokens_per_step(settings.block_size, settings.denoising_steps)
+        self.rule = StepRule(settings, self.device)
+        self.response = torch.full(
+            (rows, settings.num_blocks * settings.block_size), settings.pad_token_id, device=self.device
+        )
+        self.lengths = [0] * rows
+        self.counts = torch.zeros(rows, settings.num_blocks, dtype=torch.int64)
+        self.commits = [0] * rows
 
     def _run(self) -> DecodeResult:
         settings, rows = self.settings, self.prompt.input_ids.shape[0]

@@ -12,18 +12,18 @@ alone; drafts are drawn with the same number, so that a good draft has the same 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_bard.generation.causal import Verdict, num_drafts
-from nemo_bard.generation.decode import DecodeResult, Hooks, StepRecord, say_once
+from nemo_bard.generation.decode import DecodeResult, Loop, say_once
 from nemo_bard.generation.drafts import likely_ends
 from nemo_bard.generation.records import Recorder
-from nemo_bard.generation.sampling import Candidates, draw_seeds, propose, uniform_numbers
+from nemo_bard.generation.sampling import Candidates, propose, uniform_numbers
 from nemo_bard.generation.session import Session
 
 
@@ -42,54 +42,22 @@ class Row:
     """Tokens that each forward has found."""
 
 
-class NextTokenDecoder:
-    """The loop for one batch."""
+class NextTokenDecoder(Loop):
+    """The loop for one batch. ``logits_processor`` and ``stopping_criteria`` are asked about each token, row by row."""
 
-    def __init__(
-        self,
-        session: Session,
-        *,
-        hooks: Hooks | None = None,
-        generator: torch.Generator | None = None,
-        synchronize: bool = False,
-    ) -> None:
-        """Prepare decoding.
-
-        Args:
-            session: Model, prompt and settings of the call.
-            hooks: Callbacks; ``logits_processor`` and ``stopping_criteria`` are asked about each token, row by row.
-            generator: Source of randomness on the model's device.
-            synchronize: Wait for the device around the timed phases.
-        """
-        self.session, self.prompt, self.settings = session, session.prompt, session.settings
-        self.given, self.hooks = session.settings.given, hooks or Hooks()
+    def __init__(self, session: Session, **options: Any) -> None:
+        """Prepare decoding; ``options`` are those of ``Loop``."""
+        super().__init__(session, **options)
         self.engine = self.settings.engine(session)
-        self.device = self.prompt.input_ids.device
-        self.synchronize = synchronize and self.prompt.input_ids.is_cuda
         self.num_drafts = num_drafts(self.settings)
         self.ends = frozenset(self.settings.end_ids)
-        count = len(self.prompt.input_ids)
-        self.seeds = torch.zeros(count, dtype=torch.int64, device=self.device)
-        if self.given.temperature > 0:
-            self.seeds = draw_seeds(count, self.device, generator)
-        self.rows = [Row(number=number) for number in range(count)]
+        self.rows = [Row(number=number) for number in range(len(self.prompt.input_ids))]
         self.live = list(self.rows)
         """Rows that have not ended."""
-        self.history: list[StepRecord] = []
         self.recorder = Recorder(self.settings.block_size, self.settings.mask_token_id)
         if self.settings.compile_step:
             name = self.given.remasking_strategy
             say_once(f"decoding goes step by step from the host, without CUDA graphs, for remasking_strategy={name}")
-
-    def run(self) -> DecodeResult:
-        """Decode the batch."""
-        with torch.no_grad():
-            return self._run()
-
-    def _clock(self) -> float:
-        if self.synchronize:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def _run(self) -> DecodeResult:
         start = self._clock()
