@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,16 @@ from nemo_bard.checkpoints.folder import (
     read_object,
     weight_files,
 )
-from nemo_bard.generation.adapter_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FACTS, check_base, read_facts
+from nemo_bard.generation.adapter_folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    FACTS,
+    adapted_layers,
+    check_base,
+    read_factors,
+    read_facts,
+    read_scale,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +46,6 @@ TRAINING_CONFIG = "config.yaml"
 CONFIG_OVERRIDES = ("block_size", "mask_token_id", "context_attention", "assistant_header_ids", "eos_token_id")
 """Keys of a recipe's ``model`` section that replace those of the base's ``config.json``."""
 MERGE_DTYPES = ("auto", "float32", "bfloat16")
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
 
 class Adapters(NamedTuple):
@@ -96,24 +103,12 @@ def read_adapters(checkpoint: Path) -> Adapters:
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if config.get(key):
             raise ValueError(f"{file}: {key}={config[key]!r} cannot be merged; allowed is plain LoRA")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{file}: r={rank!r} and lora_alpha={alpha!r} must be numbers, r >= 1")
-    parts: dict[str, set[str]] = {}
-    for key in read_header(folder / ADAPTER_WEIGHTS):
-        if key == "__metadata__":
-            continue
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {key} is no weight of a LoRA adapter on a linear layer")
-        parts.setdefault(match["module"], set()).add(match["part"])
-    incomplete = sorted(module for module, found in parts.items() if found != {"A", "B"})
-    if incomplete or not parts:
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: lora_A or lora_B is missing for {(incomplete or ['all'])[0]}")
+    scale, weights = read_scale(file), folder / ADAPTER_WEIGHTS
+    layers = adapted_layers((key for key in read_header(weights) if key != "__metadata__"), weights)
     base = str(config.get("base_model_name_or_path"))
     if base.startswith("."):  # of an adapter that lies in its base's folder
         base = str((folder / base).resolve())
-    return Adapters(folder, base, alpha / rank, tuple(sorted(parts)), read_overrides(folder))
+    return Adapters(folder, base, scale, tuple(layers), read_overrides(folder))
 
 
 def read_overrides(folder: Path) -> dict[str, Any]:
@@ -187,9 +182,7 @@ def merge(
     check_target(base, target, overwrite=overwrite)
     shards = weight_files(base)
     names = {name for shard in shards for name in read_header(base / shard) if name != "__metadata__"}
-    missing = [module for module in adapters.modules if f"{module}.weight" not in names]
-    if missing:
-        raise ValueError(f"{adapters.folder}: adapter of {missing[0]}, which {base} does not have; name another base")
+    check_layers(adapters, names, base)
     config.pop("auto_map", None)  # names files of code that do not travel
     config.update(adapters.overrides if overrides is None else overrides)
     if dtype != "auto":
@@ -211,6 +204,34 @@ def merge(
     return MergeReport(target, base, len(adapters.modules), len(names))
 
 
+def check_layers(adapters: Adapters, names: Collection[str], base: Path) -> None:
+    """Check that a base has the layers that have adapters; ``names`` are those of its weights.
+
+    Raises:
+        ValueError: Names the first one that it lacks.
+    """
+    missing = [module for module in adapters.modules if f"{module}.weight" not in names]
+    if missing:
+        raise ValueError(f"{adapters.folder}: adapter of {missing[0]}, which {base} does not have; name another base")
+
+
+def add_adapter(weight: Tensor, parts: Any, module: str, adapters: Adapters, base: Path) -> Tensor:
+    """Return ``W + (alpha / rank) B A`` in float32.
+
+    Args:
+        weight: ``W``, ``[out, in]``.
+        parts: The open file of adapters.
+        module: Name of the layer.
+        adapters: What is known of them.
+        base: What has the weight, for error messages.
+
+    Raises:
+        ValueError: If the adapter does not fit the weight.
+    """
+    a, b = read_factors(parts, module, weight.shape, adapter=adapters.folder, base=base)
+    return weight.float().addmm_(b, a, alpha=adapters.scale)
+
+
 def _merge_file(source: Path, target: Path, adapters: Adapters, dtype: str) -> None:
     """Write one weight file with the adapters of its layers added."""
     import torch
@@ -224,13 +245,7 @@ def _merge_file(source: Path, target: Path, adapters: Adapters, dtype: str) -> N
             module = name.removesuffix(".weight")
             wanted = weight.dtype if dtype == "auto" or not weight.is_floating_point() else getattr(torch, dtype)
             if module in adapters.modules:
-                a, b = (parts.get_tensor(f"base_model.model.{module}.lora_{part}.weight").float() for part in "AB")
-                if (b.shape[0], a.shape[1]) != weight.shape or b.shape[1] != a.shape[0]:
-                    raise ValueError(
-                        f"{adapters.folder}: the adapter of {module} is {tuple(b.shape)} x {tuple(a.shape)}, its weight in"
-                        f" {source} {tuple(weight.shape)}"
-                    )
-                weight = weight.float().addmm_(b, a, alpha=adapters.scale)
+                weight = add_adapter(weight, parts, module, adapters, source)
             tensors[name] = weight.to(wanted).contiguous()
         save_file(tensors, target, metadata=weights.metadata() or {"format": "pt"})
 

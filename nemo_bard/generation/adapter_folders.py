@@ -7,11 +7,16 @@ Each is in the format of Hugging Face PEFT, with ``generation_config.json`` (wha
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_bard.base.errors import not_one_of
 from nemo_bard.base.folders import CONFIG, read_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "adapters"
 FACTS = "bard_adapter.json"
@@ -19,6 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.{module}.lora_{part}.weight"
 """Name of a tensor of PEFT's format; ``part`` is A or B."""
+_KEY = re.compile(re.escape(KEY).replace(r"\{module\}", "(?P<module>.+)").replace(r"\{part\}", "(?P<part>[AB])"))
 SAMPLED = 256
 """Numbers of each tensor that count in a digest."""
 
@@ -64,6 +70,65 @@ def read_facts(place: Path) -> dict[str, Any]:
     if not isinstance(base, dict) or not isinstance(base.get("digest"), str) or type(size) is not int or size < 1:
         raise ValueError(f"{file}: must have block_size, an integer >= 1, and base.digest, a text")
     return facts
+
+
+def read_scale(file: Path) -> float:
+    """Read ``alpha / rank`` of an ``adapter_config.json``.
+
+    Raises:
+        ValueError: If they are no numbers.
+    """
+    config = read_object(file)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{file}: r={rank!r} and lora_alpha={alpha!r} must be numbers, r >= 1")
+    return alpha / rank
+
+
+def adapted_layers(keys: Iterable[str], file: Path) -> list[str]:
+    """Names of the layers that have an adapter, sorted.
+
+    Args:
+        keys: Names of the tensors in a file of adapters.
+        file: For error messages.
+
+    Raises:
+        ValueError: If there is none, one lacks a part, or a tensor is no part of one.
+    """
+    parts: dict[str, set[str]] = {}
+    for key in keys:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file}: {key} is no weight of a LoRA adapter on a linear layer")
+        parts.setdefault(match["module"], set()).add(match["part"])
+    incomplete = sorted(module for module, found in parts.items() if found != {"A", "B"})
+    if incomplete or not parts:
+        raise ValueError(f"{file}: lora_A or lora_B is missing for {(incomplete or ['all'])[0]}")
+    return sorted(parts)
+
+
+def read_factors(
+    parts: Any, module: str, shape: Sequence[int], *, adapter: Path, base: object
+) -> tuple[Tensor, Tensor]:
+    """Read an adapter of one layer, in float32: ``A`` ``[rank, in]`` and ``B`` ``[out, rank]``.
+
+    Args:
+        parts: The open file of adapters.
+        module: Name of the layer.
+        shape: Of its weight, ``[out, in]``.
+        adapter: Folder, for error messages.
+        base: What has the weight, for error messages.
+
+    Raises:
+        ValueError: If it does not fit the weight.
+    """
+    a, b = (parts.get_tensor(KEY.format(module=module, part=part)).float() for part in "AB")
+    if (b.shape[0], a.shape[1]) != tuple(shape) or b.shape[1] != a.shape[0]:
+        raise ValueError(
+            f"{adapter}: the adapter of {module} is {tuple(b.shape)} x {tuple(a.shape)}, its weight in {base}"
+            f" {tuple(shape)}; name another base"
+        )
+    return a, b
 
 
 def weights_digest(folder: Path) -> str:

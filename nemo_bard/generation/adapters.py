@@ -13,16 +13,18 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from nemo_bard.base.folders import CONFIG, read_object
+from nemo_bard.base.folders import CONFIG
 from nemo_bard.generation.adapter_folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FOLDER,
-    KEY,
+    adapted_layers,
     adapter_folder,
     adapter_names,
     check_base,
+    read_factors,
     read_facts,
+    read_scale,
 )
 from nemo_bard.generation.low_rank import Factors, LowRankLinear
 from nemo_bard.generation.settings import BardGenerationConfig
@@ -132,31 +134,18 @@ def load_adapter(model: DecodableModel, name: str) -> Adapter:
 
 
 def _read_layers(model: Any, place: Path) -> dict[nn.Linear, Factors]:
-    config = read_object(place / ADAPTER_CONFIG)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{place / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} must be numbers, r >= 1")
-    modules, layers = dict(model.named_modules()), {}
-    file = place / ADAPTER_WEIGHTS
+    scale, file = read_scale(place / ADAPTER_CONFIG), place / ADAPTER_WEIGHTS
     if not file.is_file():
         raise ValueError(f"{place}: has no {ADAPTER_WEIGHTS}")
-    with safe_open(file, "pt") as weights:
-        names = set(weights.keys())
-        for name in sorted({_module_of(key, file) for key in names}):
+    modules, layers = dict(model.named_modules()), {}
+    with safe_open(file, "pt") as parts:
+        for name in adapted_layers(parts.keys(), file):
             module = modules.get(name)
             if type(module) is not nn.Linear:
                 what = "lacks" if module is None else f"has as a {type(module).__name__}"
                 raise ValueError(f"{place}: adapter of {name}, which this model {what}; adapters are for linear layers")
-            keys = [KEY.format(module=name, part=part) for part in "AB"]
-            if not names.issuperset(keys):
-                raise ValueError(f"{file}: lora_A or lora_B is missing for {name}")
-            down, up = (weights.get_tensor(key) for key in keys)
-            if (up.shape[0], down.shape[1]) != module.weight.shape or up.shape[1] != down.shape[0]:
-                raise ValueError(
-                    f"{place}: the adapter of {name} is {tuple(up.shape)} x {tuple(down.shape)}, its weight"
-                    f" {tuple(module.weight.shape)}"
-                )
-            layers[module] = Factors(down, up.float() * (alpha / rank)).like(module.weight)
+            down, up = read_factors(parts, name, module.weight.shape, adapter=place, base="this model")
+            layers[module] = Factors(down, up * scale).like(module.weight)
     return layers
 
 
@@ -173,12 +162,3 @@ def _check_loaded(model: Any, layer: nn.Linear, folder: Path) -> None:
                 raise ValueError(
                     f"adapter: {name} of this model is not what {folder} has; load the model from there again"
                 )
-
-
-def _module_of(key: str, file: Path) -> str:
-    prefix, suffix = KEY.split("{module}")
-    for part in "AB":
-        end = suffix.format(part=part)
-        if key.startswith(prefix) and key.endswith(end):
-            return key[len(prefix) : -len(end)]
-    raise ValueError(f"{file}: {key} is no weight of a LoRA adapter on a linear layer")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from golden_data import GOLDEN, golden_arrays
+from golden_data import GOLDEN, mixed_batch
 from torch.nn.functional import pad
 
 MASK, IMAGE, END, PAD = 509, 500, 505, 506
@@ -44,22 +44,7 @@ def ragged(rows, seed=0, longest=20):
 
 @pytest.fixture(scope="module")
 def with_images():
-    """Text, an image between texts, and earlier turns."""
-    arrays = golden_arrays("generate", "dynamic_b8_t0.5_image.npz")
-    g = torch.Generator().manual_seed(0)
-
-    def text(length):
-        return torch.randint(IMAGE, (length,), generator=g)
-
-    turns = torch.tensor([*text(9), *HEADER, *text(13), END, *text(5), *HEADER, *text(3), END, *text(4), *HEADER])
-    rows = [text(3), arrays["input_ids"][0], turns]
-    width = max(len(row) for row in rows)
-    return {
-        "input_ids": torch.stack([pad(row, (width - len(row), 0), value=PAD) for row in rows]),
-        "attention_mask": torch.stack([pad(torch.ones_like(row), (width - len(row), 0)) for row in rows]),
-        "pixel_values": arrays["pixel_values"],
-        "image_grid_thw": arrays["image_grid_thw"],
-    }
+    return mixed_batch(image=IMAGE, header=HEADER, end=END, padding=PAD)
 
 
 def decode(model, batch, strategy, *, seed=3, **settings):

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from nemo_bard.base.errors import one_line
 from nemo_bard.checkpoints.folder import read_header, weight_files
-from nemo_bard.checkpoints.merge import ADAPTER_WEIGHTS, Adapters
+from nemo_bard.checkpoints.merge import Adapters, add_adapter, check_layers
+from nemo_bard.generation.adapter_folders import ADAPTER_WEIGHTS
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names of safetensors."""
@@ -164,11 +165,7 @@ class MergedWeights:
     """
 
     def __init__(self, base: Weights, adapters: Adapters, where: Path) -> None:
-        missing = [module for module in adapters.modules if f"{module}.weight" not in base.tensors]
-        if missing:
-            raise ValueError(
-                f"{adapters.folder}: adapter of {missing[0]}, which {where} does not have; name another base"
-            )
+        check_layers(adapters, base.tensors, where)
         self.tensors = base.tensors
         self._base, self._adapters, self._where = base, adapters, where
 
@@ -180,13 +177,7 @@ class MergedWeights:
         if module not in self._adapters.modules or not name.endswith(".weight"):
             return weight
         with safe_open(self._adapters.folder / ADAPTER_WEIGHTS, "pt") as parts:
-            a, b = (parts.get_tensor(f"base_model.model.{module}.lora_{part}.weight").float() for part in "AB")
-        if (b.shape[0], a.shape[1]) != weight.shape or b.shape[1] != a.shape[0]:
-            raise ValueError(
-                f"{self._adapters.folder}: the adapter of {module} is {tuple(b.shape)} x {tuple(a.shape)}, its weight in"
-                f" {self._where} {tuple(weight.shape)}; name another base"
-            )
-        return weight.float().addmm_(b, a, alpha=self._adapters.scale).to(weight.dtype)
+            return add_adapter(weight, parts, module, self._adapters, self._where).to(weight.dtype)
 
 
 def expected_shapes(config_folder: Path) -> dict[str, tuple[int, ...]]:
